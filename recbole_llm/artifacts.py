@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 
@@ -84,6 +84,20 @@ def read_tensors(path: str | Path, device: str | torch.device = "cpu") -> dict[s
     try:
         return load_file(str(path), device=str(device))
     except (SafetensorError, ValueError) as error:
+        raise DamagedArtifact(f"{path}: not readable as safetensors ({error}); delete it to have it built again.") from error
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """Read what `write_tensors` was given as metadata; {} if that was nothing.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        DamagedArtifact: The file is there, but is not whole.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return dict(file.metadata() or {})
+    except SafetensorError as error:
         raise DamagedArtifact(f"{path}: not readable as safetensors ({error}); delete it to have it built again.") from error
 
 

@@ -1,0 +1,45 @@
+PYTHON ?= python3.11
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+ARGS ?= --model=DLLM2Rec --dataset=ml-100k --teacher=BIGRec
+
+.PHONY: help run test check slow stacks bench wheel clean
+
+help: ## Show what there is
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+
+$(READY): setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt torch
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	touch $(READY)
+
+run: $(READY) ## An LLM teaches a small recommender on ml-100k (ARGS="..." for another run)
+	$(BIN)/python run_recbole_llm.py $(ARGS)
+
+test: $(READY) ## The fast tests: no model hub, at most 10 minutes on 2 cores
+	$(BIN)/python -m pytest
+
+check: $(READY) ## ruff: lint and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+slow: $(READY) ## The tests with a real LLM, the three commands and the wheel
+	$(BIN)/python -m pytest --slow -m slow --timeout=3600
+
+stacks: $(READY) ## The fast tests on the newest packages and on numpy 1.26 + pandas 2.3
+	$(BIN)/python -m pytest
+	$(PYTHON) -m venv $(VENV)-old
+	$(VENV)-old/bin/python -m pip install -q -c constraints-old.txt torch
+	$(VENV)-old/bin/python -m pip install -q -c constraints-old.txt -e '.[dev]'
+	$(VENV)-old/bin/python -m pytest
+
+bench: $(READY) ## Speed as ratios within one run; prints a table, writes JSON
+	$(BIN)/python -m tests.bench.serving
+
+wheel: $(READY) ## dist/*.whl
+	$(BIN)/python -m build --wheel
+
+clean: ## Remove what can be made again; trained models and Knowledge in saved/ stay
+	rm -rf $(VENV) $(VENV)-old build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

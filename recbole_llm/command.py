@@ -1,0 +1,51 @@
+"""The command line: flags without a value, the two names that choose a run, and everything else as settings."""
+
+import argparse
+import sys
+
+from recbole_llm.model import PROPERTIES, model_files
+
+EPILOG = "Every other --key=value is a setting of RecBole or of ours; --help --model=<model> lists ours with their meaning."
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; faults of the settings are told in their own words, without a traceback."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(prog="run_recbole_llm.py", epilog=EPILOG, add_help=False)
+    parser.add_argument("--model", default="DLLM2Rec", help="model of this package, or any sequential model of RecBole")
+    parser.add_argument("--dataset", default="ml-100k", help="name of the data set")
+    parser.add_argument("--config_files", default="", help="yaml files, separated by blanks; later ones win")
+    parser.add_argument("--estimate", action="store_true", help="print the plan and its estimated time, and stop")
+    parser.add_argument("-h", "--help", action="store_true", help="print this help and stop")
+    names, settings = parser.parse_known_args(argv)
+    if names.help:
+        print(parser.format_help() + "\n" + known_models() + settings_text(names.model))
+        return 0
+    stray = [word for word in settings if not (word.startswith("--") and "=" in word)]
+    if stray:
+        print(f"{' '.join(stray)}: not of the form --key=value. Write --key=value, or --help.", file=sys.stderr)
+        return 2
+    # RecBole's Config reads sys.argv: it must not see the flags that have no value
+    sys.argv = [sys.argv[0], *settings]
+    from recbole_llm.quick_start import run_recbole_llm  # --help needs neither torch nor RecBole
+
+    try:
+        files = names.config_files.split() or None
+        run_recbole_llm(names.model, names.dataset, files, estimate=names.estimate, read_argv=True)
+    except ValueError as error:
+        print(f"\n{error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def known_models() -> str:
+    """The models that --model takes."""
+    from recbole_llm.config import sequential_models
+
+    return f"Models of this package: {', '.join(model_files())}\nSequential models of RecBole: {', '.join(sequential_models())}\n"
+
+
+def settings_text(model: str) -> str:
+    """Our settings for a model, as its yaml files explain them."""
+    files = [PROPERTIES / "overall.yaml", PROPERTIES / "model" / f"{model}.yaml"]
+    return "".join(f"\n{file.name}:\n{file.read_text(encoding='utf-8')}" for file in files if file.is_file())

@@ -1,0 +1,191 @@
+"""The titles of a data set by RecBole's internal item ids, cleaned in one place."""
+
+import hashlib
+import html
+import logging
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from recbole.utils import FeatureType
+
+# MovieLens sorts by the first word that matters ("Postino, Il"), and keeps a year or a second title behind that.
+_TRAILING_ARTICLE = re.compile(
+    r"^(?P<name>[^(]+?),\s*(?P<article>The|An?|La|Les?|L'|Il|El|Los|Las|Der|Das|Une?)(?=\s*(?:\(|$))"
+)
+_WELL_QUOTED = re.compile(r'"(?:[^"]|"")*"')
+
+
+def clean_title(raw: str) -> str:
+    """A title as prompts, vectors and comparisons use it; cleaning it again changes nothing.
+
+    HTML entities become characters, blanks are folded, a pair of double quotes around the whole is taken off, double
+    quotes inside become single ones (prompts use the double quote to end a title), and an article that MovieLens put
+    behind the title returns to the front: `Postino, Il (1994)` -> `Il Postino (1994)`.
+
+    Unlike in the authors' BIGRec data, where 747 of 17,408 game titles keep entities such as `&amp;`.
+    """
+    title, previous = raw, None
+    while title != previous:
+        previous = title
+        title = " ".join(html.unescape(title).split())
+        if len(title) >= 2 and title[0] == title[-1] == '"' and '"' not in title[1:-1]:
+            title = title[1:-1].strip()
+        title = _article_to_front(title.replace('"', "'"))
+    return title
+
+
+def _article_to_front(title: str) -> str:
+    match = _TRAILING_ARTICLE.match(title)
+    if not match:
+        return title
+    article = match["article"]
+    blank = "" if article.endswith("'") else " "
+    return f"{article}{blank}{match['name'].rstrip(', ')}{title[match.end() :]}"
+
+
+@dataclass(frozen=True)
+class ItemText:
+    """One cleaned title for every internal item id of a data set.
+
+    Args:
+        titles: Title by internal id, all different from ""; only index 0, RecBole's padding, is "".
+        tokens: The items' tokens (their names in the data files) by internal id; index 0 is RecBole's "[PAD]".
+        untitled: Internal ids of items that have no title, whose entry in `titles` is a stand-in.
+    """
+
+    titles: tuple[str, ...]
+    tokens: tuple[str, ...]
+    untitled: tuple[int, ...] = ()
+
+    @classmethod
+    def from_raw(cls, raw: Sequence[str], tokens: Sequence[str]) -> "ItemText":
+        """Clean raw titles (by internal id, index 0 = padding); an item whose title is empty gets a stand-in.
+
+        A stand-in is `untitled ` and eight hexadecimal digits that follow from the token alone: neither RecBole's
+        internal id nor the token itself, since both may tell an LLM the order of the file and with it the target.
+        """
+        cleaned = [clean_title(title) for title in raw]
+        untitled = tuple(item for item, title in enumerate(cleaned) if item and not title)
+        for item in untitled:
+            cleaned[item] = f"untitled {hashlib.sha256(tokens[item].encode()).hexdigest()[:8]}"
+        return cls(("", *cleaned[1:]), tuple(map(str, tokens)), untitled)
+
+    @classmethod
+    def from_dataset(cls, dataset, field: str | None) -> "ItemText":
+        """Read the titles of a RecBole dataset, before or after its `build`; warns with the number of items without.
+
+        Args:
+            dataset: A RecBole dataset that has loaded its item file. Runs of blanks inside a title are not recovered.
+            field: Name of the title column, of type `token_seq` or `token`.
+
+        Raises:
+            ValueError: The item file has no such column, or it is not loaded, or it holds numbers.
+        """
+        _check_column(dataset, field)
+        words = dataset.field2id_token[field]
+        blank = dataset.config["seq_separator"] or " "
+        tokens = [str(token) for token in dataset.field2id_token[dataset.iid_field]]
+        raw = [""] * len(tokens)
+        items = dataset.item_feat[dataset.iid_field].tolist()
+        for item, cell in zip(items, dataset.item_feat[field].tolist(), strict=True):
+            # before `build` a cell is an array or a number, afterwards a list padded with 0 or a number
+            ids = cell if hasattr(cell, "__len__") else [cell]
+            raw[int(item)] = blank.join(str(words[int(word)]) for word in ids if word)
+        text = cls.from_raw(raw, tokens)
+        if text.missing:
+            logging.getLogger(__name__).warning(
+                f"{text.missing} of {len(text) - 1} items of '{dataset.dataset_name}' have no text in the column "
+                f"'{field}'; each is called '{text.titles[text.untitled[0]]}' or the like."
+            )
+        return text
+
+    def __len__(self) -> int:
+        """Number of items, padding included."""
+        return len(self.titles)
+
+    def of(self, items: Iterable[int]) -> list[str]:
+        """The titles of internal item ids, in their order; padding (0) is left out."""
+        return [self.titles[item] for item in map(int, items) if item]
+
+    @property
+    def missing(self) -> int:
+        """How many items have no title of their own."""
+        return len(self.untitled)
+
+    def duplicates(self) -> dict[str, list[int]]:
+        """Titles that several items carry -> the internal ids of those items, ascending."""
+        owners: dict[str, list[int]] = {}
+        for item, title in enumerate(self.titles):
+            if item:
+                owners.setdefault(title, []).append(item)
+        return {title: items for title, items in owners.items() if len(items) > 1}
+
+
+def check_quotes(path: str | Path, field_separator: str = "\t", encoding: str = "utf-8") -> None:
+    """Refuse an atomic file in which a value opens a double quote that RecBole's reader would not see closed.
+
+    RecBole reads atomic files with quoting on: a value that begins with a double quote is taken for a quoted one, and
+    the load breaks, or swallows the following columns and lines. Values that are quoted as a whole load well.
+
+    Args:
+        path: An atomic file of RecBole, such as `ml-1m/ml-1m.item`. Any column may break the load, so all are read.
+        field_separator: RecBole's setting of that name.
+        encoding: RecBole's setting of that name.
+
+    Raises:
+        ValueError: There is such a value; the message names its line, its column and what to do.
+    """
+    faults: list[tuple[int, str, str]] = []
+    with open(path, encoding=encoding, newline="\n") as lines:
+        columns = next(lines, "").rstrip("\r\n").split(field_separator)
+        for number, line in enumerate(lines, start=2):
+            if '"' not in line:
+                continue
+            values = line.rstrip("\r\n").split(field_separator)
+            faults += [
+                (number, columns[place].split(":")[0] if place < len(columns) else f"number {place + 1}", value)
+                for place, value in enumerate(values)
+                if value.startswith('"') and not _WELL_QUOTED.fullmatch(value)
+            ]
+    if not faults:
+        return
+    number, column, value = faults[0]
+    doubled = value.replace('"', '""')
+    more = f" (and {len(faults) - 1} more such values)" if len(faults) > 1 else ""
+    raise ValueError(
+        f"{path}, line {number}, {column}={value}: begins with a double quote, which RecBole reads as the start of a "
+        f"quoted value{more}; a value may hold double quotes anywhere but at its start. In the file, remove that "
+        f'quote, or quote the whole value with the inner quotes doubled: "{doubled}".'
+    )
+
+
+def _check_column(dataset, field: str | None) -> None:
+    name = dataset.dataset_name
+    where = f"Set title_field (properties/dataset/{name}.yaml or --title_field=…)."
+    if dataset.item_feat is not None and field in dataset.item_feat:
+        kind = dataset.field2type[field]
+        if kind not in (FeatureType.TOKEN, FeatureType.TOKEN_SEQ):
+            raise ValueError(
+                f"title_field={field}: that column of the item file of '{name}' is of type {kind.value}; a title is "
+                f"token_seq or token. {where}"
+            )
+        return
+    file = Path(dataset.dataset_path) / f"{name}.item"
+    if not file.is_file():
+        raise ValueError(
+            f"title_field={field}: the data set '{name}' has no item file, and so no titles. "
+            f"Put them into {file} (columns item_id:token and title:token_seq)."
+        )
+    with open(file, encoding=dataset.config["encoding"] or "utf-8") as lines:
+        heads = lines.readline().rstrip("\r\n").split(dataset.config["field_separator"] or "\t")
+    there = [head.split(":")[0] for head in heads]
+    if field in there:
+        raise ValueError(
+            f"title_field={field}: that column of the item file of '{name}' is not loaded. Add it to load_col: "
+            f"item: [{dataset.iid_field}, {field}] (properties/dataset/{name}.yaml or your config file)."
+        )
+    raise ValueError(
+        f"title_field={field}: no such column in the item file of '{name}'; columns there: {', '.join(there)}. {where}"
+    )

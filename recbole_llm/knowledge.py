@@ -1,0 +1,497 @@
+"""Knowledge: what a teacher said about training rows, as a file that a student learns from without ever seeing an LLM.
+
+A row is (user token, target position, the last `teacher_history` item tokens, target token). Rows and items are stored by
+the order of their tokens, so that neither the order of the files nor RecBole's internal ids matter, and `attach` refuses
+data that are not the teacher's. The released DLLM2Rec pipeline joins teacher and student by bare row number.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from recbole.data.interaction import Interaction
+from torch import Tensor
+from tqdm import tqdm
+
+from recbole_llm.artifacts import (
+    DamagedArtifact,
+    digest,
+    file_digest,
+    read_json,
+    read_metadata,
+    read_tensors,
+    tensors_digest,
+    write_json,
+    write_tensors,
+)
+from recbole_llm.checkpoint import random_state, set_random_state
+from recbole_llm.config import role_config
+from recbole_llm.item_text import ItemText
+from recbole_llm.sequences import Log
+from recbole_llm.teacher import Teacher, data_digest, identity, item_table, rank, ready, sample_of_rows, teacher_folder
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Names:
+    """Items and users of a data set by the order of their tokens, which no file order changes.
+
+    Args:
+        items: Item tokens, sorted; item number i + 1 is items[i], 0 is "no item".
+        number: Internal item id -> item number [n_items].
+        internal: Item number -> internal item id [n_items].
+        users: User tokens in the order of the log.
+    """
+
+    items: list[str]
+    number: Tensor
+    internal: Tensor
+    users: list[str]
+
+    @classmethod
+    def of(cls, dataset: Any, log: Log) -> "Names":
+        """Names of a RecBole dataset."""
+        tokens = np.asarray(dataset.field2id_token[dataset.iid_field]).astype(str)
+        order = np.argsort(tokens[1:], kind="stable") + 1
+        internal = torch.from_numpy(np.concatenate([[0], order]))
+        number = torch.empty_like(internal)
+        number[internal] = torch.arange(len(internal))
+        users = dataset.field2id_token[dataset.uid_field]
+        return cls(tokens[order].tolist(), number, internal, [str(users[user]) for user in log.users.tolist()])
+
+
+def fingerprint(log: Log, names: Names, rows: Tensor, history: int) -> dict[str, str]:
+    """Hashes of the parts that make rows what they are.
+
+    Args:
+        log: The log the rows are of.
+        names: Tokens of its users and items.
+        rows: Row numbers, indices into `log.rows()` [M].
+        history: How many last items belong to a row's identity.
+
+    Returns:
+        Part -> hash: `users`, `items` (all tokens), `rows` (which rows, their user and position), `histories`, `targets`.
+    """
+    position = log.rows()[rows]
+    user = log.user_index(position)
+    seen, length = log.history(position, history)
+    numbers = {
+        "rows": {"row": rows, "user": user, "place": position - log.offsets[user]},
+        "histories": {"items": names.number[seen], "length": length},
+        "targets": {"items": names.number[log.items[position]]},
+    }
+    return {
+        "users": digest(names.users),
+        "items": digest(names.items),
+        **{part: tensors_digest(tensors) for part, tensors in numbers.items()},
+    }
+
+
+def titles_digest(dataset: Any, names: Names) -> str | None:
+    """Hash of the titles by item number; None where no title column is loaded."""
+    field = dataset.config["title_field"]
+    if not field or dataset.item_feat is None or field not in dataset.item_feat:
+        return None
+    titles = ItemText.from_dataset(dataset, field).titles
+    return digest([titles[item] for item in names.internal.tolist()])
+
+
+@dataclass
+class Knowledge:
+    """A teacher's candidates for some training rows, and its item vectors.
+
+    Args:
+        row: Row numbers, ascending int64 [M].
+        items: Candidates by item number, best first, 0 for none; int32 [M, K].
+        score: Their scores, higher = surer [M, K].
+        target_score: Score of the true item [M].
+        trained: Whether the teacher was tuned on the row; bool [M].
+        item_embedding: Vectors by item number, row 0 zero [n_items, d].
+        manifest: Fingerprint, history length, provenance, seconds.
+        folder: Where it is kept.
+    """
+
+    row: Tensor
+    items: Tensor
+    score: Tensor
+    target_score: Tensor
+    trained: Tensor
+    item_embedding: Tensor
+    manifest: dict[str, Any]
+    folder: Path
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Knowledge":
+        """Read a finished Knowledge, checking every part's hash.
+
+        Raises:
+            FileNotFoundError: None is there, or it is not finished.
+            DamagedArtifact: A part is missing or is not what the manifest says.
+        """
+        folder = Path(folder)
+        manifest = read_json(folder / "manifest.json")
+        parts = []
+        for name, wanted in manifest["parts"].items():
+            try:
+                tensors = read_tensors(folder / name)
+            except FileNotFoundError as error:
+                raise DamagedArtifact(f"{folder / name}: missing, though the manifest names it.") from error
+            if tensors_digest(tensors) != wanted:
+                raise DamagedArtifact(f"{folder / name}: not the content that the manifest names.")
+            parts.append(tensors)
+        *shards, vectors = parts
+        columns = {key: torch.cat([shard[key] for shard in shards]) for key in shards[0]}
+        order = columns["row"].argsort()
+        columns = {key: column[order] for key, column in columns.items()}
+        return cls(**columns, item_embedding=vectors["item_embedding"], manifest=manifest, folder=folder)
+
+    @classmethod
+    def build(cls, teacher: Any, dataset: Any, rows: Tensor, k: int, folder: str | Path, options: dict[str, Any]) -> "Knowledge":
+        """Let a teacher label training rows, shard by shard; shards that are whole already are kept.
+
+        The plan of the shards is a function of the rows alone, so a run that was killed goes on at its first missing shard.
+
+        Args:
+            teacher: A trained sequential recommender.
+            dataset: The training split.
+            rows: Row numbers to label [M].
+            k: Candidates per row.
+            folder: Where it is kept.
+            options: `history`, `shard_rows`, `provenance`, `progress`.
+        """
+        folder, log = Path(folder), Log.from_dataset(dataset)
+        names = Names.of(dataset, log)
+        began = perf_counter()
+        k = min(k, len(names.items))
+        trained = teacher.trained_on(len(log.rows())) if isinstance(teacher, Teacher) else torch.ones(len(log.rows()), dtype=torch.bool)
+        plan = _plan(teacher, log, rows, options["shard_rows"])
+        parts: dict[str, str] = {}
+        bar = tqdm(total=len(rows), desc="Label rows", ncols=100, unit="row", disable=not options["progress"])
+        for number, chosen in enumerate(plan):
+            name = f"shard-{number:05d}.safetensors"
+            shard = _whole_shard(folder / name, chosen)
+            if shard is None:
+                shard = _label(teacher, log, names, chosen, k, trained)
+                write_tensors(folder / name, shard, {"digest": tensors_digest(shard)})
+            parts[name] = tensors_digest(shard)
+            bar.update(len(chosen))
+        bar.close()
+        vectors = {"item_embedding": item_table(teacher).float().cpu()[names.internal].contiguous()}
+        vectors["item_embedding"][0] = 0
+        write_tensors(folder / "item_embedding.safetensors", vectors)
+        parts["item_embedding.safetensors"] = tensors_digest(vectors)
+        manifest = {
+            "format": FORMAT,
+            "rows": len(rows),
+            "candidates": k,
+            "history": options["history"],
+            "fingerprint": fingerprint(log, names, rows.sort().values, options["history"]),
+            "titles": titles_digest(dataset, names),
+            "provenance": options["provenance"],
+            "seconds": perf_counter() - began,
+            "parts": parts,
+        }
+        write_json(folder / "manifest.json", manifest)
+        return cls.load(folder)
+
+
+def _plan(teacher: Any, log: Log, rows: Tensor, shard_rows: int) -> list[Tensor]:
+    """Rows in shards of about equal prompts: ordered by work, then by number."""
+    rows = rows.sort().values
+    if isinstance(teacher, Teacher):
+        seen, _ = log.history(log.rows()[rows], teacher.history_length)
+        rows = rows[torch.sort(teacher.work(seen), stable=True).indices]
+    return list(rows.split(max(1, shard_rows)))
+
+
+def _whole_shard(file: Path, rows: Tensor) -> dict[str, Tensor] | None:
+    """A shard that was written earlier, if it is byte for byte what was written and of these rows."""
+    try:
+        shard = read_tensors(file)
+        unchanged = read_metadata(file).get("digest") == tensors_digest(shard)
+    except (FileNotFoundError, DamagedArtifact):
+        return None
+    return shard if unchanged and torch.equal(shard["row"], rows) else None
+
+
+@torch.no_grad()
+def _label(teacher: Any, log: Log, names: Names, rows: Tensor, k: int, trained: Tensor) -> dict[str, Tensor]:
+    position = log.rows()[rows]
+    length = teacher.history_length if isinstance(teacher, Teacher) else teacher.max_seq_length
+    seen, lengths = log.history(position, length)
+    batch = Interaction(
+        {
+            teacher.USER_ID: log.users[log.user_index(position)],
+            teacher.ITEM_SEQ: seen,
+            teacher.ITEM_SEQ_LEN: lengths,
+            teacher.ITEM_ID: log.items[position],
+        }
+    ).to(teacher.device)
+    items, score, target_score = (part.cpu() for part in rank(teacher, batch, k))
+    return {
+        "row": rows.clone(),
+        "items": names.number[items].int(),
+        "score": score.float(),
+        "target_score": target_score.float(),
+        "trained": trained[rows],
+    }
+
+
+@dataclass
+class Attached:
+    """Knowledge in the terms of one data set: internal ids, and where each flat position of the log finds its row.
+
+    Args:
+        index: Flat position of the log -> row of the tables below, -1 for none [N].
+        items: Candidates by internal id, 0 for none [M, K].
+        score: Their scores [M, K].
+        target_score: Score of the true item [M].
+        trained: Whether the teacher was tuned on the row [M].
+        item_embedding: Vectors by internal id [n_items, d].
+    """
+
+    index: Tensor
+    items: Tensor
+    score: Tensor
+    target_score: Tensor
+    trained: Tensor
+    item_embedding: Tensor
+
+    @property
+    def labelled(self) -> int:
+        """How many positions have a label in use."""
+        return int((self.index >= 0).sum())
+
+    @property
+    def total(self) -> int:
+        """How many positions the log has, first items included."""
+        return len(self.index)
+
+    def drop_trained(self, drop: bool) -> None:
+        """Take the teacher's own training rows out of use: it has memorised their targets."""
+        if drop:
+            used = self.index >= 0
+            memorised = self.trained[self.index.clamp_min(0)] & used
+            self.index = self.index.masked_fill(memorised, -1)
+            if used.any() and not (self.index >= 0).any():
+                raise ValueError(
+                    "teacher_trained_rows=drop: the teacher was trained on every row it labelled, so no row is left for the ranking "
+                    "term. Set teacher_trained_rows=keep, or distill_ranking=none to use its item vectors only."
+                )
+
+    def to(self, device: Any) -> None:
+        """Move every table to a device."""
+        for name, value in vars(self).items():
+            setattr(self, name, value.to(device))
+
+
+def attach(knowledge: Knowledge, dataset: Any, topk: int, history: int) -> Attached:
+    """Join a Knowledge to a training split by the identity of its rows.
+
+    Args:
+        knowledge: What the teacher said.
+        dataset: The training split of the student.
+        topk: Candidates to use; fewer are there if the Knowledge has fewer.
+        history: `teacher_history` of the student's settings.
+
+    Raises:
+        ValueError: The Knowledge is of other data; the message says which parts differ.
+    """
+    log = Log.from_dataset(dataset)
+    names = Names.of(dataset, log)
+    rows = knowledge.row
+    there, wanted = knowledge.manifest["fingerprint"], {}
+    if knowledge.manifest["history"] != history:
+        differ = [f"teacher_history ({knowledge.manifest['history']}, not {history})"]
+    elif len(rows) and int(rows.max()) >= len(log.rows()):
+        differ = [f"number of training rows ({len(log.rows())} here, at least {int(rows.max()) + 1} there)"]
+    else:
+        wanted = fingerprint(log, names, rows, history)
+        differ = [part for part in wanted if wanted[part] != there.get(part)]
+        titles = titles_digest(dataset, names)
+        if titles and titles != (knowledge.manifest.get("titles") or titles):
+            differ.append("titles")
+    if differ:
+        raise ValueError(
+            f"teacher_knowledge={knowledge.folder}: it is of other data than dataset={dataset.dataset_name}; what differs: "
+            f"{', '.join(differ)}. Let it be built again (leave teacher_knowledge empty), or use the data and filters it was built on."
+        )
+    index = torch.full((len(log.items),), -1, dtype=torch.long)
+    index[log.rows()[rows]] = torch.arange(len(rows))
+    vectors = knowledge.item_embedding[names.number]
+    items = names.internal[knowledge.items[:, :topk].long()]
+    return Attached(index, items, knowledge.score[:, :topk], knowledge.target_score, knowledge.trained.bool(), vectors)
+
+
+@dataclass
+class Request:
+    """What a student's settings ask of a teacher, before anything is loaded or trained."""
+
+    config: Any
+    data: str
+    folder: Path
+    checkpoint: str | None
+
+    @classmethod
+    def of(cls, config: Any, dataset: Any) -> "Request":
+        """Find the folder in which this Knowledge is, or will be; imports no LLM library."""
+        teacher = role_config(config, "teacher")
+        log = Log.from_dataset(dataset)
+        data = data_digest(log, dataset, config["title_field"])
+        # the same rows in another data set of the same name are told apart by `data`
+        keys = {
+            "teacher": identity(teacher, labelling=True),
+            "data": data,
+            "checkpoint": _checkpoint_digest(config["teacher_checkpoint"]),
+            "rows": config["teacher_rows"],
+            "shard_rows": config["teacher_shard_rows"],
+            "k": config["distill_topk"],
+            "history": config["teacher_history"],
+            "seed": config["teacher_seed"],
+            "format": FORMAT,
+        }
+        folder = Path(config["checkpoint_dir"]) / "knowledge" / f"{config['teacher']}-{config['dataset']}-{digest(keys)}"
+        return cls(teacher, data, folder, config["teacher_checkpoint"])
+
+    @property
+    def teacher_folder(self) -> Path:
+        """Where the teacher is, or will be."""
+        return teacher_folder(self.config, self.data)
+
+    @property
+    def exists(self) -> bool:
+        """Whether the Knowledge is finished and whole."""
+        try:
+            Knowledge.load(self.folder)
+            return True
+        except (FileNotFoundError, DamagedArtifact):
+            return False
+
+
+def _checkpoint_digest(file: str | Path | None) -> str | None:
+    """Hash of a checkpoint's bytes: another teacher under the same file name is another teacher."""
+    return file_digest(file) if file and Path(file).is_file() else file and str(file)
+
+
+@contextmanager
+def _own_randomness(train_data: Any) -> Iterator[None]:
+    """While this lasts, draw from any generator; a student then trains the same whether its Knowledge was there or not."""
+    tensors, values = random_state()
+    generator = getattr(train_data, "generator", None)
+    order = None if generator is None else generator.get_state()
+    try:
+        yield
+    finally:
+        set_random_state(tensors, values)
+        if order is not None:
+            generator.set_state(order)
+
+
+def ensure(config: Any, train_data: Any, valid_data: Any) -> Knowledge:
+    """Find the Knowledge that the settings ask for, or build it, with the teacher loaded or trained.
+
+    Args:
+        config: Config of the distilling model.
+        train_data: RecBole's training loader.
+        valid_data: RecBole's validation loader, for the teacher's early stopping.
+
+    Raises:
+        ValueError: `teacher_knowledge` names a folder without a whole Knowledge.
+    """
+    logger = logging.getLogger()
+    if config["teacher_knowledge"]:
+        try:
+            return Knowledge.load(config["teacher_knowledge"])
+        except (FileNotFoundError, DamagedArtifact) as error:
+            raise ValueError(
+                f"teacher_knowledge={config['teacher_knowledge']}: no whole Knowledge there ({error}). Name another folder, or leave "
+                "it empty to have it built."
+            ) from error
+    dataset = train_data._dataset
+    request = Request.of(config, dataset)
+    try:
+        knowledge = Knowledge.load(request.folder)
+        logger.info(f"Knowledge is taken from {request.folder}.")
+        return knowledge
+    except FileNotFoundError:
+        pass
+    except DamagedArtifact as error:
+        logger.warning(f"Knowledge in {request.folder} is damaged and is built again where it is: {error}")
+        (request.folder / "manifest.json").unlink(missing_ok=True)
+    with _own_randomness(train_data):
+        return _build(config, request, train_data, valid_data)
+
+
+def _build(config: Any, request: Request, train_data: Any, valid_data: Any) -> Knowledge:
+    dataset = train_data._dataset
+    teacher = ready(request.config, train_data, valid_data, request.checkpoint)
+    n_rows = len(Log.from_dataset(dataset).rows())
+    options = {
+        "history": config["teacher_history"],
+        "shard_rows": config["teacher_shard_rows"],
+        "progress": config["show_progress"],
+        "provenance": {
+            "teacher": config["teacher"],
+            "checkpoint": str(request.checkpoint or request.teacher_folder),
+            "checkpoint_digest": _checkpoint_digest(request.checkpoint or request.teacher_folder / "model.safetensors"),
+            "settings": identity(request.config, labelling=True),
+            **(teacher.provenance() if hasattr(teacher, "provenance") else {}),
+        },
+    }
+    rows = rows_to_label(teacher, n_rows, config["teacher_rows"], config["teacher_seed"])
+    return Knowledge.build(teacher, dataset, rows, config["distill_topk"], request.folder, options)
+
+
+def rows_to_label(teacher: Any, n_rows: int, count: int, seed: int) -> Tensor:
+    """Which training rows a teacher labels: a seeded sample, from rows it was not tuned on as long as there are any."""
+    if not 0 < count < n_rows:
+        return torch.arange(n_rows)
+    order = torch.randperm(n_rows, generator=torch.Generator().manual_seed(seed + 1))
+    if isinstance(teacher, Teacher):
+        order = order[torch.sort(teacher.trained_on(n_rows)[order].int(), stable=True).indices]
+    return order[:count].sort().values
+
+
+def item_vectors(config: Any, train_data: Any, valid_data: Any) -> Tensor:
+    """Item vectors z for the student's table, by internal id [n_items, d].
+
+    `teacher_embedding: auto` takes the teacher's own from the Knowledge; a name takes that text encoder's vectors of the
+    titles, which are kept on disk, too, so that the encoder is only loaded once.
+    """
+    dataset = train_data._dataset
+    log = Log.from_dataset(dataset)
+    if config["teacher_embedding"] == "auto":
+        knowledge = ensure(config, train_data, valid_data)
+        return attach(knowledge, dataset, config["distill_topk"], config["teacher_history"]).item_embedding
+    names = Names.of(dataset, log)
+    text = ItemText.from_dataset(dataset, config["title_field"])
+    titles = [text.titles[item] for item in names.internal.tolist()]
+    key = digest({"encoder": config["teacher_embedding"], "titles": titles, "format": FORMAT})
+    file = Path(config["checkpoint_dir"]) / "item_vectors" / f"{config['dataset']}-{key}.safetensors"
+    vectors = cached_tensor(file, lambda: encode(config["teacher_embedding"], titles, config["device"], config["show_progress"]))
+    return vectors[names.number]
+
+
+def cached_tensor(file: Path, make: Callable[[], Tensor]) -> Tensor:
+    """A tensor from its file, made and written if the file is missing or damaged."""
+    try:
+        return read_tensors(file)["tensor"]
+    except (FileNotFoundError, DamagedArtifact):
+        tensor = make()
+        write_tensors(file, {"tensor": tensor})
+        return tensor
+
+
+def encode(name: str, titles: list[str], device: Any, progress: bool) -> Tensor:
+    """Vectors of titles by a text encoder; the first title is the padding's, whose vector is 0 [n, d]."""
+    from recbole_llm.lm import LanguageModel  # rule: with vectors on disk, no LLM library is imported
+
+    vectors = LanguageModel.load(name, device=device).embed(titles[1:], progress=progress, description="Embed titles")
+    return torch.cat([torch.zeros_like(vectors[:1]), vectors])

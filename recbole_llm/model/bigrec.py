@@ -1,0 +1,338 @@
+"""BIGRec: an LLM writes the title of the next item, and the title is grounded in the catalogue by its vector.
+
+Paper: Bao et al., "A Bi-Step Grounding Paradigm for Large Language Models in Recommendation Systems" (arXiv 2308.08434).
+
+Differs from the authors' code: one prompt function for training and inference; the loss is on the answer alone unless
+`lora_train_on_prompt`; early stopping on the answer loss; a text that equals a catalogue title takes that title's vector, so
+that its distance is exactly 0; gamma of the re-weighting is chosen once on validation, not per metric and cut-off.
+"""
+
+from typing import Any
+
+import torch
+from recbole.data.dataloader import FullSortEvalDataLoader
+from recbole.utils import InputType
+from torch import Tensor
+
+from recbole_llm.checkpoint import SUFFIX
+from recbole_llm.config import check_topk, choice
+from recbole_llm.grounding import Grounder, best_gamma, popularity_weight, reweight
+from recbole_llm.item_text import ItemText
+from recbole_llm.prompts import PREAMBLE, Words, answer, prompt, read_answer
+from recbole_llm.report import SINGLE_TARGET, row_metric
+from recbole_llm.sequences import Log
+from recbole_llm.teacher import Teacher, sample_of_rows
+from recbole_llm.trainer import SequenceTrainer
+
+
+class Shared:
+    """The parts that a copy of the model shares with it: RecBole's FLOPs counter copies whole models."""
+
+    def __init__(self):
+        self.lm = None
+        self.encoder = None
+        self.grounder: Grounder | None = None
+        self.vectors: dict[str, Tensor] = {}
+
+    def __deepcopy__(self, memo):
+        return self
+
+
+class BIGRec(Teacher):
+    """An LLM as a RecBole sequential model: ranks the catalogue by the distance to the title it writes.
+
+    The LLM is no registered submodule and is loaded at its first use; the adapters alone are the model's state.
+
+    Args:
+        config: RecBole Config; keys `llm*`, `prompt_*`, `lora_*`, `generate_*`, `ground_*`.
+        dataset: RecBole's dataset with its title column loaded.
+
+    Raises:
+        ValueError: No title column, or a setting that is none of its choices.
+    """
+
+    input_type = InputType.POINTWISE
+
+    def __init__(self, config, dataset):
+        super().__init__(config, dataset)
+        check_topk(config, dataset.item_num)
+        self.config = config
+        self.text = ItemText.from_dataset(dataset, config["title_field"])
+        self.words = Words(config["prompt_instruction"], config["prompt_lead"], config["prompt_preamble"] or PREAMBLE)
+        self.history_items = config["teacher_history"]
+        self.reweight = choice(config, "ground_reweight", ("none", "popularity"))
+        if self.history_items > self.max_seq_length:
+            raise ValueError(
+                f"teacher_history={self.history_items}: RecBole keeps {self.max_seq_length} items of a history only. Set "
+                "MAX_ITEM_LIST_LENGTH to that much or teacher_history to less."
+            )
+        counts = torch.bincount(dataset.inter_feat[self.ITEM_ID].long(), minlength=self.n_items)
+        self.popularity = popularity_weight(counts)
+        self.gamma = 0.0
+        self.duplicates = {item for items in self.text.duplicates().values() for item in items}
+        self.catalogue = set(self.text.titles[1:])
+        self.outputs: list[tuple[str, bool, bool]] = []
+        self.shared = Shared()
+        self.pending: dict[str, Tensor] = {}
+
+    @property
+    def history_length(self) -> int:
+        """Most titles in a prompt."""
+        return self.history_items
+
+    @property
+    def lm(self):
+        """The language model, loaded at its first use, with the adapters of a loaded checkpoint."""
+        if self.shared.lm is None:
+            from recbole_llm.lm import LanguageModel  # importing this file must not import an LLM library
+
+            config = self.config
+            self.shared.lm = LanguageModel.load(
+                config["llm"], revision=config["llm_revision"], device=self.device, dtype=config["llm_dtype"]
+            )
+        if self.pending:
+            self.shared.lm.load_adapter_state(self.pending)
+            self.pending = {}
+        return self.shared.lm
+
+    @property
+    def encoder(self):
+        """What turns texts into vectors: the LLM with its adapters off, or the model that `ground_encoder` names."""
+        name = self.config["ground_encoder"]
+        if not name:
+            return self.lm
+        if self.shared.encoder is None:
+            from recbole_llm.lm import LanguageModel
+
+            self.shared.encoder = LanguageModel.load(name, device=self.device)
+        return self.shared.encoder
+
+    @property
+    def grounder(self) -> Grounder:
+        """The catalogue as vectors, made at its first use."""
+        if self.shared.grounder is None:
+            self.shared.grounder = Grounder(self.config["ground_metric"], self.config["ground_index"]).fit(self.item_embeddings())
+        return self.shared.grounder
+
+    def prompts(self, histories: Tensor) -> list[str]:
+        """Prompts of histories of internal ids, padded on the right with 0 [B, L]; the last titles, oldest first."""
+        return [prompt(self.words, self.text.of(row[row > 0][-self.history_items :])) for row in histories.cpu()]
+
+    def work(self, histories: Tensor) -> Tensor:
+        """Length of the prompts in characters [B]."""
+        return torch.tensor([sum(map(len, self.text.of(row))) for row in histories.cpu()])
+
+    def trained_on(self, n_rows: int) -> Tensor:
+        """Which training rows the LLM is tuned on; bool [n_rows]."""
+        flags = torch.zeros(n_rows, dtype=torch.bool)
+        flags[sample_of_rows(n_rows, self.config["train_rows"], self.config["teacher_seed"])] = True
+        return flags
+
+    def item_embeddings(self) -> Tensor:
+        """Vectors of all titles by internal id, row 0 zero [n_items, d]; equal titles have equal vectors."""
+        missing = sorted(self.catalogue - self.shared.vectors.keys())
+        if missing:
+            vectors = self.encoder.embed(missing, progress=self.config["show_progress"], description="Embed titles")
+            self.shared.vectors.update(zip(missing, vectors, strict=True))
+        table = torch.stack([self.shared.vectors[title] for title in self.text.titles[1:]])
+        return torch.cat([torch.zeros_like(table[:1]), table])
+
+    def write_titles(self, histories: Tensor) -> list[str]:
+        """The title that the LLM writes after each history [B, L]."""
+        config = self.config
+        allowed = self.lm.answer_tokens([answer(title) for title in sorted(self.catalogue)]) if config["generate_constrained"] else None
+        texts = self.lm.generate(
+            self.prompts(histories),
+            max_new_tokens=config["generate_max_new_tokens"],
+            beams=config["generate_beams"],
+            tokens_per_batch=config["generate_tokens_per_batch"],
+            allowed=allowed,
+            progress=False,
+        )
+        return [read_answer(text) for text in texts]
+
+    def vectors_of(self, titles: list[str]) -> Tensor:
+        """Vectors of written titles [B, d]; a title of the catalogue is never embedded again, an empty text is its mean."""
+        table = self.item_embeddings()
+        unknown = sorted({title for title in titles if title} - self.shared.vectors.keys())
+        if unknown:
+            self.shared.vectors.update(zip(unknown, self.encoder.embed(unknown), strict=True))
+        return torch.stack([self.shared.vectors[title] if title else table[1:].mean(dim=0) for title in titles])
+
+    def full_sort_predict(self, interaction):
+        """Minus the distance from the written title to every item [B, n_items]; re-weighted if the settings say so."""
+        histories = interaction[self.ITEM_SEQ]
+        titles = self.write_titles(histories)
+        seen = [set(self.text.of(row)) for row in histories.cpu()]
+        self.outputs += [(title, title in self.catalogue, title in past) for title, past in zip(titles, seen, strict=True)]
+        scores = self.grounder.scores(self.vectors_of(titles))
+        if self.gamma:
+            scores = -reweight(-scores, self.popularity, self.gamma)
+        scores[:, 0] = scores[:, 1:].min(dim=1).values - 1  # RecBole sets the padding to -inf; a finite row is its contract
+        return scores.to(self.device)
+
+    def predict(self, interaction):
+        """Score of the batch's own items [B]."""
+        return self.full_sort_predict(interaction).gather(1, interaction[self.ITEM_ID].unsqueeze(1)).squeeze(1)
+
+    def calculate_loss(self, interaction):
+        """BIGRec is tuned by its own trainer.
+
+        Raises:
+            NotImplementedError: Always; names the trainer.
+        """
+        raise NotImplementedError("BIGRec is tuned on text by BIGRecTrainer: use RecBole's get_trainer, which finds it.")
+
+    def legality(self) -> dict[str, float]:
+        """What the LLM wrote since the last reset: shares of catalogue titles and of repeats, and of distinct outputs."""
+        count = max(1, len(self.outputs))
+        return {
+            "rows": len(self.outputs),
+            "catalogue_titles": sum(legal for _, legal, _ in self.outputs) / count,
+            "repeats_history": sum(repeat for _, _, repeat in self.outputs) / count,
+            "distinct": len({title for title, _, _ in self.outputs}) / count,
+        }
+
+    def provenance(self) -> dict[str, Any]:
+        """Where the weights come from, for tables and manifests."""
+        return {"llm": self.lm.provenance, "llm_digest": self.lm.digest}
+
+    def state_dict(self, *args, **kwargs):
+        """The adapters."""
+        if self.pending:
+            return dict(self.pending)
+        return self.shared.lm.adapter_state() if self.shared.lm is not None and self.shared.lm.has_adapter else {}
+
+    def load_state_dict(self, state_dict, strict=True, assign=False):
+        """Take adapters; they reach the LLM when it is used."""
+        self.pending = dict(state_dict)
+
+    def other_parameter(self):
+        """What was chosen on validation."""
+        return {"gamma": self.gamma}
+
+    def load_other_parameter(self, para):
+        """Take what was chosen on validation."""
+        self.gamma = (para or {}).get("gamma", 0.0)
+
+
+class BIGRecTrainer(SequenceTrainer):
+    """Tunes the LLM on a few training rows, early stopped on the answer loss of a few validation rows."""
+
+    def _build_optimizer(self, **kwargs):
+        return None  # the LLM's adapters do not exist yet; lm.tune has the optimizer
+
+    def fit(self, train_data, valid_data=None, verbose=True, saved=True, show_progress=False, callback_fn=None):
+        """Like RecBole's: returns minus the best answer loss, and the losses; nothing is selected on rankings."""
+        config, model, self.dataset = self.config, self.model, train_data._dataset
+        log = Log.from_dataset(self.dataset)
+        rows = log.rows()[sample_of_rows(len(log.rows()), config["train_rows"], config["teacher_seed"])]
+        histories, _ = log.history(rows, model.history_length)
+        valid = eval_rows(valid_data, config["valid_rows"], config["teacher_seed"]) if valid_data else None
+        self.logger.info(f"Tuning {config['llm']} with LoRA on {len(rows)} rows, stopping on {len(valid) if valid else 0} validation rows.")
+        result = model.lm.tune(
+            model.prompts(histories),
+            [answer(title) for title in model.text.of(log.items[rows])],
+            model.prompts(valid[model.ITEM_SEQ]) if valid else [],
+            [answer(title) for title in model.text.of(valid[model.ITEM_ID])] if valid else [],
+            learning_rate=config["learning_rate"],
+            epochs=config["epochs"],
+            batch_size=config["train_batch_size"],
+            rank=config["lora_rank"],
+            alpha=config["lora_alpha"],
+            dropout=config["lora_dropout"],
+            train_on_prompt=config["lora_train_on_prompt"],
+            warmup_steps=config["lora_warmup_steps"],
+            patience=config["stopping_step"],
+            evals_per_epoch=config["lora_evals_per_epoch"],
+            max_length=config["lora_max_length"],
+            seed=config["teacher_seed"],
+            state_folder=self.state_folder if saved else None,
+            progress=show_progress,
+        )
+        loss = result["best_valid_loss"] if valid else result["train_loss"][-1]
+        self.best_valid_result = {"answer_loss": loss}
+        self.best_valid_score = -loss  # RecBole takes the larger score for the better one
+        if model.reweight == "popularity" and valid:
+            self._choose_gamma(valid)
+        if saved:
+            self._save_checkpoint(-1, verbose=verbose)
+        if callback_fn:
+            callback_fn(0, self.best_valid_score)
+        return self.best_valid_score, self.best_valid_result
+
+    def _save_checkpoint(self, epoch, verbose=True, **kwargs):
+        """Like SequenceTrainer's; the adapters also go to a folder that `PeftModel.from_pretrained` opens."""
+        super()._save_checkpoint(epoch, verbose=verbose, **kwargs)
+        self.model.lm.save_adapter(self.saved_model_file.removesuffix(SUFFIX) + "-adapter")
+
+    def _choose_gamma(self, valid):
+        model = self.model
+        model.gamma = 0.0
+        distances = -model.full_sort_predict(valid)
+        distances[:, 0] = float("inf")
+        model.gamma, ndcg = best_gamma(distances.cpu(), model.popularity, valid[model.ITEM_ID].cpu(), self.config["ground_gammas"])
+        self.logger.info(f"gamma={model.gamma} for popularity, chosen on {len(valid)} validation rows (NDCG@20 {ndcg:.4f}).")
+
+    def evaluate(self, eval_data, load_best_model=True, model_file=None, show_progress=False):
+        """Like RecBole's, on `teacher_eval_rows` seeded rows; also keeps what the LLM's outputs were like."""
+        self.model.outputs.clear()
+        rows = chosen_rows(eval_data._dataset, self.config["teacher_eval_rows"], self.config["teacher_seed"])
+        self.evaluated_rows = rows.tolist() if len(rows) < len(eval_data._dataset) else None
+        result = super().evaluate(some_of(eval_data, rows), load_best_model, model_file, show_progress)
+        self.legality = self.model.legality()
+        self.legality["without_repeats"] = self._without_repeats(eval_data._dataset[rows])
+        shares = ", ".join(f"{name} {value:.1%}" for name, value in self.legality.items() if isinstance(value, float))
+        self.logger.info(f"What the LLM wrote for {self.legality['rows']} rows: {shares}.")
+        return result
+
+    def _without_repeats(self, rows) -> dict[str, Any]:
+        """Metrics over the rows whose target is not in the history: a text teacher gains much by repeating it."""
+        model = self.model
+        repeat = (rows[model.ITEM_SEQ] == rows[model.ITEM_ID].unsqueeze(1)).any(dim=1).tolist()
+        ranks = [rank for rank, again in zip(self.ranks, repeat, strict=True) if not again]
+        values = {
+            f"{metric.lower()}@{k}": float(row_metric(ranks, metric, k).mean()) if ranks else 0.0
+            for k in self.config["topk"]
+            for metric in self.config["metrics"]
+            if metric.lower() in SINGLE_TARGET
+        }
+        return {"rows": len(ranks), "repeat_rows": sum(repeat), "metrics": values}
+
+    def _full_sort_batch_eval(self, batched_data):
+        """Like RecBole's; among items of one title the target counts as the first, as in the authors' evaluation."""
+        interaction, scores, positive_u, positive_i = super()._full_sort_batch_eval(batched_data)
+        twins = [row for row, item in enumerate(positive_i.tolist()) if item in self.model.duplicates]
+        for row in twins:
+            user, item = positive_u[row], positive_i[row]
+            scores[user, item] = torch.nextafter(scores[user, item], torch.tensor(float("inf"), device=scores.device))
+        return interaction, scores, positive_u, positive_i
+
+
+def row_order(dataset: Any) -> Tensor:
+    """Rows of an evaluation split in the order of their users' tokens, which no file order changes."""
+    tokens = dataset.field2id_token[dataset.uid_field]
+    users = dataset.inter_feat[dataset.uid_field].tolist()
+    return torch.tensor(sorted(range(len(users)), key=lambda row: (str(tokens[users[row]]), row)))
+
+
+def chosen_rows(dataset: Any, count: int, seed: int) -> Tensor:
+    """Which rows of an evaluation split are looked at, ascending; all if `count` is 0 [count]."""
+    order = row_order(dataset)
+    return order[sample_of_rows(len(order), count, seed)].sort().values
+
+
+def eval_rows(loader: Any, count: int, seed: int) -> Any:
+    """A seeded sample of a loader's rows as one batch."""
+    dataset = loader._dataset
+    return dataset[chosen_rows(dataset, count, seed)]
+
+
+def some_of(loader: Any, rows: Tensor) -> Any:
+    """A loader over some rows of another full-ranking loader; the same loader if that is all of them."""
+    if len(rows) == len(loader._dataset):
+        return loader
+    if not isinstance(loader, FullSortEvalDataLoader):
+        raise ValueError("teacher_eval_rows: a sample of rows needs full ranking. Set eval_args mode to full or teacher_eval_rows to 0.")
+    dataset = loader._dataset.copy(loader._dataset.inter_feat[rows])
+    return FullSortEvalDataLoader(loader.config, dataset, loader._sampler, shuffle=False)

@@ -1,0 +1,535 @@
+"""DLLM2Rec: a small sequential model learns from an LLM recommender's rankings and item vectors.
+
+Paper: Cui et al., "Distillation Matters: Empowering Sequential Recommenders to Match the Performance of Large Language
+Models", RecSys 2024 (arXiv 2405.00338), Eqs. 3-13.
+
+Differs from the authors' code: selection is on validation with dropout off; teacher rows are joined by their identity, not
+by row number; the ranking term averages over labelled positions only; importance weights act per row (theirs meet the
+robust term through a [B,B] broadcast); the robust term's sum over all items is computed once. `distill_mode: best` is our
+own combination: item vectors reach the *scores* through the tied table, and the ranking term has the form of its base loss.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from recbole.data.interaction import Interaction
+from recbole.model.abstract_recommender import SequentialRecommender
+from recbole.utils import InputType, get_model
+from torch import Tensor, nn
+from torch.nn import functional
+
+from recbole_llm.config import SUITED, check_topk, choice
+from recbole_llm.knowledge import Attached, attach, ensure, item_vectors
+from recbole_llm.sequences import forward_arguments, sample_rows, states, undisturbed
+from recbole_llm.trainer import SequenceTrainer
+
+
+def position_weight(k: int, beta: float) -> Tensor:
+    """Weight of a candidate's place: exp(-r / beta), r = 1..K, summing to 1 (Eq. 6). Returns [K]."""
+    return torch.softmax(-torch.arange(1, k + 1, dtype=torch.float32) / beta, dim=0)
+
+
+def truth_confidence(target_score: Tensor, temperature: float) -> Tensor:
+    """How sure the teacher was of a row: exp(-d / T), d the distance from its text to the true item (Eq. 7). Returns [M].
+
+    Divided by its mean over all labelled rows, since the paper leaves the normaliser open: a row of average confidence
+    has 1, a bad row less.
+
+    Args:
+        target_score: Teacher's score of the true item, minus the distance for BIGRec [M].
+        temperature: Scale of the distances.
+    """
+    confidence = torch.exp((target_score - target_score.max()) / temperature)
+    return confidence / confidence.mean().clamp_min(1e-12)
+
+
+def candidate_confidence(score: Tensor, valid: Tensor, temperature: float) -> Tensor:
+    """Confidence per candidate, softmax of -d / T within the row, as in the released code. Returns [R, K].
+
+    Args:
+        score: Minus the distance to each candidate [R, K].
+        valid: Which candidates exist [R, K].
+        temperature: Scale of the distances.
+    """
+    scaled = (score / temperature).masked_fill(~valid, torch.finfo(score.dtype).min)
+    return torch.softmax(scaled, dim=1) * valid
+
+
+def consistency(items: Tensor, logits: Tensor) -> Tensor:
+    """1 where a candidate is also in the student's own top K, else 0 (Eq. 8). Returns [R, K], without gradient.
+
+    Args:
+        items: Candidates of the teacher, 0 for none [R, K].
+        logits: Scores of the student over all items [R, n_items]; the padding id never counts.
+    """
+    scores = logits.detach().clone()
+    scores[:, 0] = float("-inf")
+    own = scores.topk(min(items.shape[1], scores.shape[1] - 1), dim=1).indices
+    return (items.unsqueeze(2) == own.unsqueeze(1)).any(dim=2).to(logits.dtype)
+
+
+def ranking_loss(logits: Tensor, items: Tensor, weight: Tensor, form: str, negative: Tensor | None = None) -> Tensor:
+    """Importance-aware ranking distillation (Eq. 5) per labelled row. Returns [R].
+
+    `sigmoid`: -sum_k w_k log sigma(s_k), the paper's, for a BCE base. `softmax`: -sum_k w_k log p_k, for a full-softmax base,
+    whose logits are only known up to a shift, so that log sigma of one logit would mean nothing.
+
+    Args:
+        logits: Scores of the student over all items [R, n_items].
+        items: Candidates of the teacher, 0 for none [R, K].
+        weight: Importance of each candidate [R, K].
+        form: sigmoid | softmax.
+        negative: A negative item per row that is pushed below 1 with every candidate, as the released code does [R].
+    """
+    weight = weight * (items > 0)
+    scores = logits.gather(1, items)
+    if form == "softmax":
+        terms = scores - logits[:, 1:].logsumexp(dim=1, keepdim=True)
+    else:
+        terms = functional.logsigmoid(scores)
+    if negative is not None:
+        terms = terms + functional.logsigmoid(1 - logits.gather(1, negative.unsqueeze(1)))
+    return -(weight * terms).sum(dim=1)
+
+
+def kl_loss(logits: Tensor, items: Tensor, score: Tensor, temperature: float) -> Tensor:
+    """KL divergence from the teacher to the student over the teacher's candidates. Returns [R].
+
+    Args:
+        logits: Scores of the student over all items [R, n_items].
+        items: Candidates of the teacher, 0 for none [R, K].
+        score: The teacher's scores of them [R, K].
+        temperature: Scale of the teacher's scores.
+    """
+    absent = items == 0
+    teacher = torch.log_softmax((score / temperature).masked_fill(absent, -1e9), dim=1)
+    student = torch.log_softmax(logits.gather(1, items).masked_fill(absent, -1e9), dim=1)
+    return (teacher.exp() * (teacher - student)).masked_fill(absent, 0.0).sum(dim=1)
+
+
+def robust_loss(logits: Tensor, items: Tensor, propensity: Tensor, beta: float) -> Tensor:
+    """DROS: the worst case of a squared error over shifted item popularity, for each of some positive items. Returns [R, K].
+
+    log( sum_j exp(pi_j s_j^2 / beta) - exp(pi_i s_i^2 / beta) + exp(pi_i (s_i - 1)^2 / beta) ); the sum over j is shared by
+    the items of a row, and everything is kept in logarithms.
+
+    Args:
+        logits: Scores of the student [R, n_items].
+        items: Positive items [R, K].
+        propensity: pi over items [n_items], 0 for padding.
+        beta: Radius.
+    """
+    energy = propensity * logits.square() / beta
+    of_items = energy.gather(1, items)
+    scores, pi = logits.gather(1, items), propensity[items]
+    top = energy[:, 1:].max(dim=1, keepdim=True).values.detach()
+    total = torch.exp(energy[:, 1:] - top).sum(dim=1, keepdim=True)
+    rest = total - torch.exp(of_items - top)
+    shifted = torch.exp(pi * (scores - 1).square() / beta - top)
+    return torch.log((rest + shifted).clamp_min(1e-24)) + top
+
+
+def propensity_scores(counts: Tensor) -> Tensor:
+    """pi_j = ((n_j + 1) / sum(n + 1)) ** .05 over real items, 0 for padding. Args: counts [n_items]. Returns [n_items]."""
+    smoothed = counts.float() + 1
+    pi = (smoothed / smoothed[1:].sum()) ** 0.05
+    pi[0] = 0
+    return pi
+
+
+def principal_components(vectors: Tensor, width: int, std: float, generator: torch.Generator | None = None) -> Tensor:
+    """First principal components of the item vectors, scaled to one standard deviation over all. Returns [n_items, width].
+
+    The scale matters more than whitening: RecBole's .02 loses most of the gain, .1 keeps it.
+
+    Args:
+        vectors: One vector per item, row 0 padding [n_items, d].
+        width: Components wanted; components that the vectors do not have are drawn at random.
+        std: Standard deviation of the table.
+        generator: Source of the random rest.
+    """
+    real = vectors[1:].double()
+    centred = real - real.mean(dim=0)
+    _, sizes, directions = torch.linalg.svd(centred, full_matrices=False)
+    directions = directions[sizes > 1e-9 * sizes.max()]
+    # The sign of a singular vector is the library's choice: fix it, so that the table is the same on every machine.
+    signs = torch.sign(directions.gather(1, directions.abs().argmax(dim=1, keepdim=True)))
+    parts = centred @ (directions * signs)[:width].T
+    table = torch.zeros(len(vectors), width, dtype=torch.float64)
+    table[1:, : parts.shape[1]] = parts / parts.std().clamp_min(1e-12)
+    if parts.shape[1] < width:
+        table[1:, parts.shape[1] :] = torch.randn(len(real), width - parts.shape[1], generator=generator, dtype=torch.float64)
+    return (table * std).float()
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """What a run distils and how: the settings `distill_*` after the mode has filled the empty ones."""
+
+    base: str
+    ranking: str
+    weight: float
+    position_weight: float
+    confidence_weight: float
+    consistency_weight: float
+    confidence: str
+    normalize: bool
+    negative: bool
+    embedding: str
+    embedding_weight: float
+    robust: float
+    topk: int = 10
+    position_beta: float = 1.0
+    temperature: float | str = "auto"
+    embedding_std: float = 0.1
+    offset: bool = True
+    robust_beta: float = 1.0
+
+    @classmethod
+    def from_config(cls, config: Any) -> "Distillation":
+        """Read `distill_*`; raises ValueError for a value that is none of its choices."""
+        mode = config["distill_modes"][choice(config, "distill_mode", config["distill_modes"])]
+        given = {field.name: config[f"distill_{field.name}"] for field in fields(cls)}
+        merged = {name: mode.get(name) if value is None else value for name, value in given.items()}
+        for name, allowed in CHOICES.items():
+            choice({f"distill_{name}": merged[name]}, f"distill_{name}", allowed)
+        if merged["negative"] and merged["base"] != "bce":
+            raise ValueError("distill_negative=True: needs the negative of distill_base=bce; a full softmax draws none. Set one of them.")
+        return cls(**merged)
+
+    @property
+    def uses_rows(self) -> bool:
+        """Whether the teacher's labelled rows are needed."""
+        return self.ranking != "none" and self.weight > 0
+
+    @property
+    def uses_vectors(self) -> bool:
+        """Whether the teacher's item vectors are needed."""
+        return self.embedding != "none"
+
+
+CHOICES = {
+    "base": ("softmax", "bce"),
+    "ranking": ("none", "sigmoid", "softmax", "kl"),
+    "confidence": ("truth", "candidate"),
+    "embedding": ("none", "input", "tied", "init"),
+}
+
+
+class UntiedTable(nn.Module):
+    """An item table with an output side of its own, as in the authors' code: `table(ids)` goes in, `table.weight` scores."""
+
+    def __init__(self, table: nn.Embedding):
+        super().__init__()
+        self.input = nn.Parameter(table.weight.detach().clone())
+        self.output = nn.Parameter(table.weight.detach().clone())
+
+    @property
+    def weight(self) -> Tensor:
+        """Table on the output side [n_items, d]."""
+        return self.output
+
+    def forward(self, items: Tensor) -> Tensor:
+        """Vectors of items on the input side; items [...] -> [..., d]."""
+        return functional.embedding(items, self.input, padding_idx=0)
+
+
+class TaughtTable(nn.Module):
+    """An item table e_i = b_i + a * g(z_i): a free offset and a linear projection of the teacher's vector (Eqs. 12-13).
+
+    Args:
+        table: The student's own table, initial value of the offset.
+        vectors: Item vectors z of the teacher, frozen, row 0 padding [n_items, d_z].
+        settings: `embedding` input (text on the input side only, output table of its own) or tied (both sides).
+    """
+
+    def __init__(self, table: nn.Embedding | UntiedTable, vectors: Tensor, settings: Distillation):
+        super().__init__()
+        untied = isinstance(table, UntiedTable)
+        start = (table.input if untied else table.weight).detach()
+        self.amount = settings.embedding_weight
+        self.offset = nn.Parameter(start.clone()) if settings.offset else None
+        self.output = nn.Parameter(table.output.detach().clone()) if untied else None
+        self.projector = nn.Linear(vectors.shape[1], start.shape[1])
+        self.register_buffer("vectors", vectors.to(start), persistent=False)
+        with torch.no_grad():
+            nn.init.zeros_(self.projector.bias)
+            spread = functional.linear(self.vectors[1:], self.projector.weight).std()
+            self.projector.weight.mul_(settings.embedding_std / spread.clamp_min(1e-12))
+        self._current: Tensor | None = None
+
+    def input_table(self) -> Tensor:
+        """The table of the input side, computed from its parts [n_items, d]."""
+        table = self.amount * self.projector(self.vectors)
+        if self.offset is not None:
+            table = table + self.offset
+        return torch.cat([torch.zeros_like(table[:1]), table[1:]])
+
+    @property
+    def weight(self) -> Tensor:
+        """Table on the output side [n_items, d]; in training the one that the last forward computed."""
+        if self.output is not None:
+            return self.output
+        return self._current if self._current is not None else self.input_table()
+
+    def forward(self, items: Tensor) -> Tensor:
+        """Vectors of items on the input side; items [...] -> [..., d]."""
+        self._current = self.input_table()
+        return functional.embedding(items, self._current, padding_idx=0)
+
+    def folded(self) -> dict[str, Tensor]:
+        """State of the plain table that serves exactly like this one."""
+        table = self.input_table().detach()
+        return {"weight": table} if self.output is None else {"input": table, "output": self.output.detach()}
+
+
+class DLLM2Rec(SequentialRecommender):
+    """Any of RecBole's sequential models as the student of an LLM recommender.
+
+    It is built as the plain student; `teach` (called by its trainer) brings the teacher's item vectors in. What is saved
+    has them folded into the item table, so a saved student needs neither Knowledge nor LLM and is as fast as a plain one.
+
+    Args:
+        config: RecBole Config; `student` names the class, `distill_*` say what is distilled.
+        dataset: RecBole's dataset.
+
+    Raises:
+        ValueError: The student has no plain item table, or inputs that an item sequence does not give.
+    """
+
+    input_type = InputType.POINTWISE
+
+    def __init__(self, config, dataset):
+        super().__init__(config, dataset)
+        check_topk(config, dataset.item_num)
+        self.settings = Distillation.from_config(config)
+        name = config["student"]
+        self.student = get_model(name)(config, dataset)
+        table = getattr(self.student, "item_embedding", None)
+        if not isinstance(table, nn.Embedding) or table.num_embeddings != self.n_items:
+            rows = f"one of {table.num_embeddings} rows" if isinstance(table, nn.Embedding) else "none"
+            raise ValueError(
+                f"student={name}: a student needs an item_embedding table of one row per item ({self.n_items}); it has {rows}. {SUITED}"
+            )
+        if self.settings.embedding == "input":
+            self.student.item_embedding = UntiedTable(table)
+
+    def forward(self, *args):
+        """The student's own forward."""
+        return self.student(*args)
+
+    def calculate_loss(self, interaction):
+        """The student's own loss, without the teacher; DLLM2RecTrainer adds what is distilled."""
+        return self.student.calculate_loss(interaction)
+
+    def full_sort_predict(self, interaction):
+        """Score of every item [B, n_items]."""
+        return self.student.full_sort_predict(interaction)
+
+    def predict(self, interaction):
+        """Score of the batch's own items [B]."""
+        if self.settings.embedding != "input":
+            return self.student.predict(interaction)
+        # RecBole's students look candidates up in the input table; with two tables only the output side may score.
+        scores = self.full_sort_predict(interaction).view(len(interaction), -1)
+        return scores.gather(1, interaction[self.ITEM_ID].unsqueeze(1)).squeeze(1)
+
+    def teach(self, vectors: Tensor, seed: int) -> None:
+        """Let item vectors into the student's table.
+
+        Args:
+            vectors: One vector per item, by internal id, row 0 padding [n_items, d_z].
+            seed: Seed of components that the vectors do not have.
+        """
+        table = self.student.item_embedding
+        if self.settings.embedding == "init":
+            generator = torch.Generator().manual_seed(seed)
+            start = principal_components(vectors, table.embedding_dim, self.settings.embedding_std, generator)
+            table.weight.data.copy_(start)
+        elif self.settings.embedding in ("input", "tied"):
+            self.student.item_embedding = TaughtTable(table, vectors, self.settings).to(table.weight.device)
+
+    def folded_state(self) -> dict[str, Tensor]:
+        """State of the plain student that ranks exactly like this model; what is saved."""
+        table = self.student.item_embedding
+        if not isinstance(table, TaughtTable):
+            return self.state_dict()
+        prefix = "student.item_embedding."
+        state = {name: value for name, value in self.state_dict().items() if not name.startswith(prefix)}
+        return state | {prefix + name: value for name, value in table.folded().items()}
+
+    def load_state_dict(self, state_dict, strict=True, assign=False):
+        """Load a folded state, or the unfolded one of a model in training."""
+        table = self.student.item_embedding
+        if isinstance(table, TaughtTable) and "student.item_embedding.projector.weight" not in state_dict:
+            plain = nn.Embedding(*table.input_table().shape, padding_idx=0, device=table.vectors.device)
+            self.student.item_embedding = UntiedTable(plain) if self.settings.embedding == "input" else plain
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+
+def refuse_other_scores(student: SequentialRecommender) -> None:
+    """Refuse a student whose scores are not its state times its item table; all losses here are made of those.
+
+    Raises:
+        ValueError: The scores are something else (CORE's are cosines), or the student does not run; the message says which.
+    """
+    sample = sample_rows(student).interaction
+    pad = student.max_seq_length - sample[student.ITEM_SEQ].shape[1]
+    batch = Interaction(sample | {student.ITEM_SEQ: functional.pad(sample[student.ITEM_SEQ], (0, max(0, pad)))})
+    try:
+        with undisturbed(student):
+            logits = student(**forward_arguments(student, batch)) @ student.item_embedding.weight.T
+            own = student.full_sort_predict(batch).view(len(batch), -1)
+            fault = None if logits.shape == own.shape and torch.allclose(logits, own, rtol=1e-3, atol=1e-4) else "they differ"
+    except Exception as error:  # whatever a model raises here, it cannot be trained on these losses
+        fault = f"{type(error).__name__}: {error}"
+    if fault:
+        raise ValueError(f"student={type(student).__name__}: its scores are not its state times its item table ({fault}). {SUITED}")
+
+
+class DLLM2RecTrainer(SequenceTrainer):
+    """Trains a student with L = L_base + lambda * L_ranking (Eq. 11), at all positions where the student allows it.
+
+    Finds or builds the Knowledge first (`knowledge.ensure`), so stock RecBole pipelines need no further step.
+    """
+
+    wants_row_list = True
+
+    def __init__(self, config, model):
+        super().__init__(config, model)
+        self.settings: Distillation = model.settings
+        self.attached: Attached | None = None
+        self.negatives = torch.Generator().manual_seed(config["seed"])
+        refuse_other_scores(model.student)
+
+    @property
+    def network(self):
+        """The model whose forward makes the states."""
+        return self.model.student
+
+    def fit(self, train_data, valid_data=None, verbose=True, saved=True, show_progress=False, callback_fn=None):
+        """Like RecBole's, after the teacher has been asked."""
+        dataset = train_data._dataset
+        if self.settings.uses_rows:
+            knowledge = ensure(self.config, train_data, valid_data)
+            self.attached = attach(knowledge, dataset, self.settings.topk, self.config["teacher_history"])
+            self.attached.drop_trained(self.config["teacher_trained_rows"] == "drop")
+            self.attached.to(self.device)
+            self._prepare_weights()
+        if self.settings.uses_vectors:
+            self.model.teach(item_vectors(self.config, train_data, valid_data), self.config["seed"])
+            self.optimizer = self._build_optimizer()
+        if self.settings.robust:
+            counts = torch.bincount(dataset.inter_feat[self.config["ITEM_ID_FIELD"]], minlength=dataset.item_num)
+            self.propensity = propensity_scores(counts).to(self.device)
+        return super().fit(train_data, valid_data, verbose, saved, show_progress, callback_fn)
+
+    def _prepare_weights(self):
+        attached, settings = self.attached, self.settings
+        # distances are 0 at best; scores of another kind (logits of a RecBole model) count from the surest row
+        distance = attached.target_score.max().clamp_min(0) - attached.target_score
+        temperature = distance.median().clamp_min(1e-6).item() if settings.temperature == "auto" else float(settings.temperature)
+        self.temperature = temperature
+        self.row_confidence = truth_confidence(attached.target_score, temperature)
+        self.places = position_weight(attached.items.shape[1], settings.position_beta).to(self.device)
+        self.logger.info(
+            f"Ranking distillation ({settings.ranking}) on {attached.labelled} labelled rows of {attached.total}, "
+            f"K={attached.items.shape[1]}, distances divided by {temperature:.4g}."
+        )
+
+    def fault_of_all(self):
+        """The loss is made of the states of the student, so only causality matters; None."""
+        return None
+
+    def model_state(self):
+        """What is saved: the student with its item table folded."""
+        return self.model.folded_state()
+
+    def batch_loss(self, batch):
+        """Losses of a batch, as RecBole logs them: (base, ranking) or the base alone."""
+        logits, target, row, seen = self._logits(batch)
+        negative = self._negatives(seen, target) if self.settings.base == "bce" else None
+        base = self._base_loss(logits, target, negative)
+        if self.settings.robust:
+            base = base + self.settings.robust * robust_loss(logits, target.unsqueeze(1), self.propensity, self.settings.robust_beta).mean()
+        if not self.settings.uses_rows:
+            return base
+        return base, self.settings.weight * self._ranking(logits, row, negative)
+
+    def _logits(self, batch):
+        """Scores [T, n_items], targets [T], flat rows [T] and, per target, the items it must not draw as negative [T, l + 1]."""
+        student = self.network
+        if self.all_positions:
+            targets = batch["target_list"]
+            counts = targets > 0
+            hidden = states(student, batch)[counts]
+            items = batch[student.ITEM_SEQ]
+            upto = torch.ones(items.shape[1], items.shape[1], dtype=torch.bool, device=items.device).tril()
+            seen = (items.unsqueeze(1) * upto)[counts] if self.settings.base == "bce" else None
+            target, row = targets[counts], batch["row_list"][counts]
+        else:
+            hidden = student(**forward_arguments(student, batch))
+            target, row, seen = batch[student.ITEM_ID], batch["row_list"], batch[student.ITEM_SEQ]
+        return hidden @ student.item_embedding.weight.T, target, row, seen
+
+    def _base_loss(self, logits, target, negative):
+        if negative is None:
+            return functional.cross_entropy(logits, target)
+        pair = torch.stack([logits.gather(1, target.unsqueeze(1)), logits.gather(1, negative.unsqueeze(1))])
+        return functional.binary_cross_entropy_with_logits(pair, torch.stack([torch.ones_like(pair[0]), torch.zeros_like(pair[1])]))
+
+    def _negatives(self, seen, target):
+        """One uniform item per target that is neither in its history nor the target, from the trainer's own generator."""
+        n_items = self.model.n_items
+        taken = torch.cat([seen, target.unsqueeze(1)], dim=1)
+        drawn = torch.randint(1, n_items, target.shape, generator=self.negatives).to(target.device)
+        wrong = (taken == drawn.unsqueeze(1)).any(dim=1)
+        for _ in range(3):  # a rejected draw is drawn again
+            if not wrong.any():
+                return drawn
+            again = torch.randint(1, n_items, target.shape, generator=self.negatives).to(target.device)
+            drawn = torch.where(wrong, again, drawn)
+            wrong = (taken == drawn.unsqueeze(1)).any(dim=1)
+        # what is left has read most of a small catalogue: draw from what is free, or from all if nothing is
+        free = torch.ones(int(wrong.sum()), n_items).scatter(1, taken[wrong].cpu(), 0.0)
+        free[:, 0] = 0
+        free[free.sum(dim=1) == 0, 1:] = 1
+        if len(free):
+            drawn[wrong] = torch.multinomial(free, 1, generator=self.negatives).squeeze(1).to(drawn.device)
+        return drawn
+
+    def _ranking(self, logits, row, negative):
+        """The ranking term, averaged over the labelled rows of the batch; 0 if it has none."""
+        settings, attached = self.settings, self.attached
+        index = attached.index[row]
+        has = index >= 0
+        if not has.any():
+            return logits.sum() * 0.0
+        logits, index = logits[has], index[has]
+        items, score = attached.items[index], attached.score[index]
+        if settings.ranking == "kl":
+            return kl_loss(logits, items, score, self.temperature).mean()
+        weight = self._weights(logits, items, score, self.row_confidence[index])
+        shared = negative[has] if settings.negative else None
+        loss = ranking_loss(logits, items, weight, settings.ranking, shared)
+        if settings.robust:
+            loss = loss + settings.robust * (weight * robust_loss(logits, items, self.propensity, settings.robust_beta)).sum(dim=1)
+        return loss.mean()
+
+    def _weights(self, logits, items, score, row_confidence):
+        """gamma_p w^p + gamma_c w^c + gamma_o w^o [R, K], with the normalisation of the mode (Eqs. 6-8 and 10)."""
+        settings, valid = self.settings, items > 0
+        if settings.confidence == "candidate":
+            confidence = candidate_confidence(score, valid, self.temperature)
+        else:
+            confidence = (row_confidence / items.shape[1]).unsqueeze(1)
+        weight = settings.position_weight * self.places + settings.confidence_weight * confidence
+        if settings.consistency_weight:
+            weight = weight + settings.consistency_weight * consistency(items, logits)
+        weight = weight * valid
+        return weight / weight.sum(dim=1, keepdim=True).clamp_min(1e-12) if settings.normalize else weight
+
+    def generator_states(self):
+        """Generators of our own that an exact resume needs."""
+        return {"negatives": self.negatives}

@@ -1,0 +1,133 @@
+"""What a run is going to do, and about how long that takes on this machine, said before the long part begins.
+
+Estimates rest on counted multiplications and a quick measurement of how many this machine does in a second; they are meant
+to tell minutes from hours.
+"""
+
+import re
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from recbole_llm import knowledge, teacher
+
+# Share of a plain matrix product's speed that each kind of work reaches, measured on two CPU cores with SmolLM2-135M and SASRec.
+TRAIN_LLM, WRITE_LLM, READ_LLM, TRAIN_STUDENT = 0.35, 0.20, 0.45, 0.25
+PROMPT_TOKENS, TITLE_TOKENS = 150, 12
+USUAL_EPOCHS = 25  # where early stopping usually ends a student
+
+
+@dataclass
+class Step:
+    """One stage: what is done, and about how many seconds it takes (None: taken from a file)."""
+
+    what: str
+    seconds: float | None
+
+
+def steps(config: Any, data: tuple) -> list[Step]:
+    """The stages of a run.
+
+    Args:
+        config: Our Config.
+        data: RecBole's training, validation and test loaders.
+    """
+    train_data, valid_data, test_data = data
+    rate = multiplications_per_second()
+    targets = len(train_data._dataset)
+    if config["llm"]:
+        count = _some(config["teacher_eval_rows"], len(test_data._dataset))
+        return [*tuning(config, targets, rate), writing("Test the LLM", config["llm"], count, rate)]
+    if not config["student"] or config["distill_mode"] == "off":
+        return [training(config, config["student"] or config["model"], targets, train_data._dataset.item_num, rate)]
+    plan = []
+    if config["teacher_knowledge"]:
+        plan.append(Step(f"Take the Knowledge from {config['teacher_knowledge']}", None))
+    else:
+        plan += teaching(config, train_data, len(test_data._dataset), rate)
+    for name in (f"{config['student']} alone", f"{config['student']} distilled"):
+        plan.append(training(config, name, targets, train_data._dataset.item_num, rate))
+    return plan
+
+
+def teaching(config: Any, train_data: Any, test_rows: int, rate: float) -> list[Step]:
+    """Stages of the teacher: tuning, labelling, testing; those that are on disk take no time."""
+    request = knowledge.Request.of(config, train_data._dataset)
+    if request.exists and config["resume"]:
+        return [Step(f"Take the Knowledge from {request.folder}", None)]
+    name, targets = config["teacher"], len(train_data._dataset)
+    rows = _some(config["teacher_rows"], targets)
+    if not request.config["llm"]:
+        return [training(request.config, f"{name} (teacher)", targets, train_data._dataset.item_num, rate)]
+    tuned = request.checkpoint or teacher.is_ready(request.teacher_folder)
+    first = [Step(f"Take the tuned {name} from {request.checkpoint or request.teacher_folder}", None)]
+    llm, tested = request.config["llm"], _some(config["teacher_eval_rows"], test_rows)
+    titles = train_data._dataset.item_num
+    return [
+        *(first if tuned else tuning(request.config, targets, rate)),
+        Step(f"Embed {titles} titles with {llm}", titles * TITLE_TOKENS * 2 * parameters(llm) / (rate * READ_LLM)),
+        writing(f"{name} labels {rows} of {targets} training rows", llm, rows, rate),
+        writing(f"{name} is tested on {tested} of {test_rows} test rows", llm, tested, rate),
+    ]
+
+
+def tuning(config: Any, targets: int, rate: float) -> list[Step]:
+    """The stage of LoRA-tuning an LLM, at most all epochs."""
+    rows = _some(config["train_rows"], targets)
+    work = rows * config["epochs"] * (PROMPT_TOKENS + TITLE_TOKENS) * 4 * parameters(config["llm"])
+    what = f"Tune {config['llm']} with LoRA on {rows} rows, at most {config['epochs']} epochs"
+    return [Step(what, work / (rate * TRAIN_LLM))]
+
+
+def writing(what: str, llm: str, rows: int, rate: float) -> Step:
+    """A stage in which an LLM writes a title for each of some rows."""
+    # reading a prompt is one large product, writing a token moves all weights for a few rows
+    work = rows * 2 * parameters(llm) * (PROMPT_TOKENS / READ_LLM + TITLE_TOKENS / WRITE_LLM)
+    return Step(what, work / rate)
+
+
+def training(config: Any, name: str, targets: int, n_items: int, rate: float) -> Step:
+    """The stage of training a small sequential model, with as many epochs as are usual."""
+    width = config["hidden_size"] or config["embedding_size"] or 64
+    layers = config["n_layers"] or config["num_layers"] or 1
+    epochs = min(config["epochs"], USUAL_EPOCHS)
+    work = targets * epochs * 6 * (width * n_items + layers * 12 * width * width)
+    what = f"Train {name} on {targets} targets, about {epochs} epochs until early stopping"
+    return Step(what, work / (rate * TRAIN_STUDENT))
+
+
+def parameters(llm: str) -> float:
+    """Size of a language model as its name says it (`...-135M-...`); a billion if it does not."""
+    found = re.search(r"(\d+(?:\.\d+)?)\s*([mMbB])(?![a-zA-Z])", llm)
+    return float(found[1]) * (1e6 if found[2] in "mM" else 1e9) if found else 1e9
+
+
+def multiplications_per_second(width: int = 512, repeats: int = 12) -> float:
+    """How many multiply-adds, counted twice, a matrix product does here in a second."""
+    a, b = torch.rand(width, width), torch.rand(width, width)
+    torch.mm(a, b)
+    began = perf_counter()
+    for _ in range(repeats):
+        torch.mm(a, b)
+    return repeats * 2 * width**3 / (perf_counter() - began)
+
+
+def text(plan: list[Step]) -> str:
+    """The plan as it is printed."""
+    total = sum(step.seconds or 0 for step in plan)
+    lines = [f"  {step.what}: {'already there' if step.seconds is None else 'about ' + spoken(step.seconds)}" for step in plan]
+    return "\n".join(["This run is going to:", *lines, f"  In all about {spoken(total)}."])
+
+
+def spoken(seconds: float) -> str:
+    """A length of time as people say it."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _some(count: int, there: int) -> int:
+    return min(count, there) if count else there
+

@@ -1,0 +1,211 @@
+"""The order of events of a run: settings, data, plan, teacher, Knowledge, student alone, distilled student, table."""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from recbole.data import create_dataset, data_preparation
+from recbole.utils import get_model, init_logger, init_seed
+from recbole.utils.logger import RemoveColorFilter
+
+from recbole_llm import knowledge, plan, report, teacher
+from recbole_llm.artifacts import DamagedArtifact, digest
+from recbole_llm.checkpoint import settings_of
+from recbole_llm.config import Config, check_topk
+from recbole_llm.item_text import check_quotes
+from recbole_llm.trainer import trainer_class
+
+# Settings that change what is printed or where it runs, but not what comes out.
+NOT_IDENTITY = {
+    "show_progress", "resume", "checkpoint_dir", "state", "gpu_id", "use_gpu", "config_files", "config_file_list", "data_path",
+    "log_wandb", "wandb_project", "allow_keys", "device", "distill_modes", "save_dataset", "save_dataloaders",
+}  # fmt: skip
+
+
+def run_recbole_llm(
+    model: str | None = None,
+    dataset: str | None = None,
+    config_file_list: list[str] | None = None,
+    config_dict: dict[str, Any] | None = None,
+    estimate: bool = False,
+    read_argv: bool = False,
+) -> dict[str, Any]:
+    """Train and evaluate a model, with everything that it needs before; like RecBole's `run_recbole`, but resumable.
+
+    Args:
+        model: Any model of this package or any sequential model of RecBole.
+        dataset: Name of the data set.
+        config_file_list: Yaml files, later ones win.
+        config_dict: Settings that win over the files.
+        estimate: Whether to stop after the plan and its estimated time.
+        read_argv: Whether the command line is read, too (the command does).
+
+    Returns:
+        RecBole's `best_valid_score`, `valid_score_bigger`, `best_valid_result` and `test_result` of the model, and `table` (text),
+        `lines` (of the table), `folder` (of the run).
+
+    Raises:
+        ValueError: The settings are wrong; the message lists every fault.
+    """
+    config = Config(model, dataset, config_file_list, config_dict, read_argv)
+    if config["threads"]:
+        torch.set_num_threads(config["threads"])
+    # RecBole's own code warns of what the libraries below it will drop; nothing that a user could act on
+    warnings.filterwarnings("ignore", module=r"recbole\.")
+    init_seed(config["seed"], config["reproducibility"])
+    init_logger(config)
+    logger = logging.getLogger()
+    folder = run_folder(config)
+    with log_into(folder):
+        logger.info(f"{config['model']} on {config['dataset']}; everything about this run is in {folder}/")
+        data = load_data(config)
+        steps = plan.steps(config, data)
+        logger.info(plan.text(steps))
+        if estimate:
+            return {"plan": steps, "folder": str(folder)}
+        if config["student"] and config["distill_mode"] != "off":
+            lines = distillation(config, data)
+        else:
+            lines = [single(config, data, f"{config['student']} alone" if config["student"] else config["model"])]
+        return conclude(config, folder, lines)
+
+
+def load_data(config: Config) -> tuple:
+    """RecBole's training, validation and test loaders."""
+    if config["dataset"] != "ml-100k":
+        for file in Path(config["data_path"]).glob(f"{config['dataset']}.i*"):
+            check_quotes(file, config["field_separator"], config["encoding"] or "utf-8")
+    dataset = create_dataset(config)
+    check_topk(config, dataset.item_num)
+    logging.getLogger().info(dataset)
+    single = int((dataset.inter_feat[dataset.uid_field].value_counts() == 1).sum())
+    if single:
+        logging.getLogger().warning(f"{single} users have one interaction only: there is nothing to predict for them.")
+    return data_preparation(config, dataset)
+
+
+def distillation(config: Config, data: tuple) -> list[report.Line]:
+    """Teacher, Knowledge, the student alone, the distilled student: the lines of DLLM2Rec's table."""
+    lines = []
+    if not config["teacher_knowledge"]:
+        known = knowledge.ensure(config, data[0], data[1])
+        lines.append(teacher_line(config, data, known))
+    lines.append(single(alone(config), data, f"{config['student']} alone"))
+    lines.append(single(config, data, f"{config['student']} distilled"))
+    return lines
+
+
+def teacher_line(config: Config, data: tuple, known: knowledge.Knowledge) -> report.Line:
+    """The teacher's own test metrics, on its sample of test rows; from its folder if they are there."""
+    train_data, valid_data, test_data = data
+    request = knowledge.Request.of(config, train_data._dataset)
+    protocol = {key: config[key] for key in ("teacher_eval_rows", "topk", "metrics", "eval_args")}
+    folder = request.folder / f"test-{digest(protocol)}"
+    if config["resume"] and (line := finished(folder)):
+        return line
+    trained = teacher.ready(request.config, train_data, valid_data, request.checkpoint)
+    trainer = trainer_class(request.config)(request.config, trained)
+    line = evaluated(trainer, test_data, f"{config['teacher']} (teacher)", load_best_model=False)
+    line.seconds |= {"train": teacher.seconds_of(request.teacher_folder), "label": known.manifest["seconds"]}
+    line.notes |= {"labelled": known.manifest["rows"], "provenance": known.manifest["provenance"]}
+    line.save(folder)
+    return line
+
+
+def alone(config: Config) -> Config:
+    """The Config of the same student without a teacher, with the same base loss, windows and epochs."""
+    from recbole_llm.model.dllm2rec import Distillation  # a model's file is only loaded for its own runs
+
+    chosen = Distillation.from_config(config)
+    own = ("teacher", "distill_", "model", "dataset")
+    settings = {key: value for key, value in config.external_config_dict.items() if not key.startswith(own)}
+    settings |= {"distill_mode": "off", "distill_base": chosen.base, "distill_robust": chosen.robust}
+    settings |= {"distill_robust_beta": chosen.robust_beta}
+    return Config(config["model"], config["dataset"], None, settings, read_argv=False)
+
+
+def single(config: Config, data: tuple, name: str) -> report.Line:
+    """Train and test one model; a finished run of the same settings is taken from its folder, a stopped one goes on."""
+    train_data, valid_data, test_data = data
+    folder = run_folder(config)
+    if config["resume"] and (line := finished(folder)):
+        return line
+    init_seed(config["seed"], config["reproducibility"])
+    train_data.generator.manual_seed(config["seed"])  # a stage before may have drawn from it
+    model = get_model(config["model"])(config, train_data._dataset).to(config["device"])
+    trainer = trainer_class(config)(config, model)
+    trainer.keep_in(folder, config["resume"])
+    logging.getLogger().info(f"{name}: training begins, {sum(p.numel() for p in model.parameters()):,} parameters.")
+    began = perf_counter()
+    trainer.fit(train_data, valid_data, show_progress=config["show_progress"])
+    seconds = perf_counter() - began
+    line = evaluated(trainer, test_data, name, load_best_model=True)
+    line.seconds["train"] = seconds
+    line.valid = {key: float(value) for key, value in (trainer.best_valid_result or {}).items()}
+    line.save(folder)
+    return line
+
+
+def evaluated(trainer: Any, test_data: Any, name: str, load_best_model: bool) -> report.Line:
+    """Test metrics of a trainer's model as a line."""
+    began = perf_counter()
+    metrics = trainer.evaluate(test_data, load_best_model=load_best_model, show_progress=trainer.config["show_progress"])
+    line = report.Line(name, {key: float(value) for key, value in metrics.items()}, trainer.ranks, trainer.evaluated_rows)
+    line.seconds["test"] = perf_counter() - began
+    if hasattr(trainer, "legality"):
+        line.notes |= {"legality": trainer.legality, "weights": trainer.model.provenance()}
+    return line
+
+
+def finished(folder: Path) -> report.Line | None:
+    """The line of a finished run, if its folder has one."""
+    try:
+        return report.Line.load(folder)
+    except (FileNotFoundError, DamagedArtifact):
+        return None
+
+
+def run_folder(config: Config) -> Path:
+    """The folder of a run: named by the settings that shape its outcome, so the same command finds it again."""
+    settings = {key: value for key, value in settings_of(config).items() if key not in NOT_IDENTITY}
+    if config["distill_mode"] == "off":
+        settings = {key: value for key, value in settings.items() if not key.startswith("teacher")}
+    name = config["student"] if config["distill_mode"] == "off" else config["model"]
+    return Path(config["checkpoint_dir"]) / "runs" / f"{name}-{config['dataset']}-{digest(settings, 10)}"
+
+
+@contextmanager
+def log_into(folder: Path) -> Iterator[None]:
+    """While this lasts, RecBole's log is also written into the run's folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(folder / "run.log", encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.addFilter(RemoveColorFilter())
+    logging.getLogger().addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(handler)
+        handler.close()
+
+
+def conclude(config: Config, folder: Path, lines: list[report.Line]) -> dict[str, Any]:
+    """Print the table, write the run's folder, and return what RecBole's `run_recbole` returns, and more."""
+    text = report.summary(lines, config["metrics"], config["topk"], config["valid_metric"])
+    report.write_run(folder, settings_of(config), text, lines)
+    logging.getLogger().info(f"Results, also in {folder}/table.txt:\n{text}")
+    last = lines[-1]
+    return {
+        "best_valid_score": last.valid.get(str(config["valid_metric"]).lower(), float("nan")),
+        "valid_score_bigger": config["valid_metric_bigger"],
+        "best_valid_result": last.valid,
+        "test_result": last.metrics,
+        "table": text,
+        "lines": lines,
+        "folder": str(folder),
+    }

@@ -1,0 +1,193 @@
+"""Tables of finished runs: metrics per model, on how many rows they rest, their uncertainty, and the time they took."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from texttable import Texttable
+
+from recbole_llm.artifacts import read_json, write_json, write_text
+
+Z95 = 1.959964
+SINGLE_TARGET = ("recall", "hit", "ndcg", "mrr")  # metrics whose value in a row follows from one rank
+
+
+@dataclass
+class Line:
+    """One model's line of a table.
+
+    Args:
+        name: What the line shows.
+        metrics: Test metrics over all of `ranks`, as RecBole's evaluator gives them.
+        ranks: Rank of the target in each evaluated test row, from 0; -1 beyond the largest cut-off.
+        rows: The test rows that were evaluated; None is all, in order.
+        valid: Metrics of the selected epoch on validation rows.
+        seconds: Stage -> seconds when it was run.
+        cached: Whether the line was taken from a finished run's files.
+        notes: Facts shown beside the table (legality of the LLM's outputs, source of the weights).
+    """
+
+    name: str
+    metrics: dict[str, float]
+    ranks: list[int]
+    rows: list[int] | None = None
+    valid: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    cached: bool = False
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    def save(self, folder: Path) -> None:
+        """Write the line as JSON into a run's folder."""
+        write_json(folder / "metrics.json", asdict(self))
+
+    @classmethod
+    def load(cls, folder: Path) -> "Line":
+        """Read a finished run's line, marked as cached."""
+        return cls(**{**read_json(folder / "metrics.json"), "cached": True})
+
+    def on(self, rows: Sequence[int] | None) -> list[int]:
+        """Ranks on some test rows that this line covers."""
+        if rows is None:
+            return self.ranks
+        place = {row: at for at, row in enumerate(self.rows)} if self.rows is not None else None
+        return [self.ranks[place[row] if place else row] for row in rows]
+
+
+def row_metric(ranks: Sequence[int], metric: str, k: int) -> np.ndarray:
+    """A metric of every row that has one relevant item. Returns [R].
+
+    Args:
+        ranks: Rank of the relevant item from 0, -1 if it was not found [R].
+        metric: recall | hit | ndcg | mrr.
+        k: Cut-off.
+    """
+    rank = np.asarray(ranks)
+    found = (rank >= 0) & (rank < k)
+    gain = {"recall": np.ones_like(rank, float), "hit": np.ones_like(rank, float)}
+    safe = np.where(found, rank, 0)
+    gain |= {"ndcg": 1 / np.log2(safe + 2), "mrr": 1 / (safe + 1.0)}
+    return np.where(found, gain[metric.lower()], 0.0)
+
+
+def half_width(values: np.ndarray) -> float:
+    """Half of the 95 % interval of a mean over independent rows (normal approximation)."""
+    return Z95 * float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else float("nan")
+
+
+def paired_gain(ours: np.ndarray, theirs: np.ndarray, draws: int = 2000, seed: int = 0) -> tuple[float, float, float]:
+    """Relative difference of two means over the same rows, and its 95 % bootstrap interval over rows.
+
+    Returns:
+        (gain, low, high) as fractions of `theirs`; nan where `theirs` has mean 0.
+    """
+    if not theirs.mean():
+        return float("nan"), float("nan"), float("nan")
+    pick = np.random.default_rng(seed).integers(0, len(ours), (draws, len(ours)))
+    base = theirs[pick].mean(axis=1)
+    gains = (ours[pick].mean(axis=1) - base)[base > 0] / base[base > 0]
+    low, high = np.quantile(gains, [0.025, 0.975])
+    return float(ours.mean() / theirs.mean() - 1), float(low), float(high)
+
+
+def main_table(lines: Sequence[Line], metrics: Sequence[str], topk: Sequence[int]) -> str:
+    """One line per model: rows, every metric at every cut-off, seconds, and where the line is from."""
+    names = [f"{metric.lower()}@{k}" for k in topk for metric in metrics]
+    head = ["model", "test rows", *names, "train s", "test s", "from"]
+    body = [
+        [
+            line.name,
+            str(len(line.ranks)),
+            *[_number(line.metrics.get(name)) for name in names],
+            _seconds(line.seconds.get("train")),
+            _seconds(line.seconds.get("test")),
+            "cache" if line.cached else "this run",
+        ]
+        for line in lines
+    ]
+    return _draw(head, body)
+
+
+def common_rows_table(lines: Sequence[Line], metrics: Sequence[str], topk: Sequence[int]) -> str:
+    """The same models on the rows that all of them have, each metric with half of its 95 % interval."""
+    subsets = [set(line.rows) for line in lines if line.rows is not None]
+    rows = sorted(set.intersection(*subsets)) if subsets else None
+    known = [metric for metric in metrics if metric.lower() in SINGLE_TARGET]
+    body = []
+    for line in lines:
+        ranks = line.on(rows)
+        cells = []
+        for k in topk:
+            for metric in known:
+                values = row_metric(ranks, metric, k)
+                cells.append(f"{values.mean():.4f} ±{half_width(values):.4f}")
+        body.append([line.name, str(len(ranks)), *cells])
+    return _draw(["model", "test rows", *[f"{metric.lower()}@{k}" for k in topk for metric in known]], body)
+
+
+def gain_sentence(ours: Line, theirs: Line, metric: str, k: int) -> str:
+    """What one line gains over another on all rows, with its interval and its number of rows."""
+    a, b = row_metric(ours.ranks, metric, k), row_metric(theirs.ranks, metric, k)
+    gain, low, high = paired_gain(a, b)
+    verdict = "a gain" if low > 0 else "a loss" if high < 0 else "no difference is shown"
+    return (
+        f"{ours.name} against {theirs.name}, {metric}@{k} on {len(a)} test rows, one seed: {gain:+.1%} "
+        f"(95 % by paired bootstrap over rows: {low:+.1%} to {high:+.1%}; {verdict})."
+    )
+
+
+def legality_sentences(line: Line) -> list[str]:
+    """What an LLM wrote on the test rows, and where its weights are from."""
+    said = line.notes.get("legality")
+    if not said:
+        return []
+    without = said["without_repeats"]
+    return [
+        f"{line.name} wrote on {said['rows']} test rows: {said['catalogue_titles']:.1%} catalogue titles, "
+        f"{said['repeats_history']:.1%} repeats of the history, {said['distinct']:.1%} distinct outputs.",
+        f"{line.name} without the {without['repeat_rows']} rows whose target is a repeat: "
+        + ", ".join(f"{name} {value:.4f}" for name, value in without["metrics"].items())
+        + f" on {without['rows']} rows.",
+        f"Weights: {line.notes['weights']['llm']}.",
+    ]
+
+
+def summary(lines: Sequence[Line], metrics: Sequence[str], topk: Sequence[int], valid_metric: str) -> str:
+    """All that is printed at the end of a run."""
+    parts = [main_table(lines, metrics, topk)]
+    if len(lines) > 1:
+        parts += ["The same test rows for all lines, each with half of its 95 % interval:", common_rows_table(lines, metrics, topk)]
+        metric, _, k = valid_metric.partition("@")
+        # other metrics of RecBole do not follow from one rank per row
+        if metric.lower() in SINGLE_TARGET and lines[-1].rows == lines[-2].rows:
+            parts.append(gain_sentence(lines[-1], lines[-2], metric, int(k)))
+    for line in lines:
+        parts += legality_sentences(line)
+    parts.append("Protocol: RecBole's split and full ranking, items of the history kept, epoch selected on validation rows.")
+    return "\n".join(parts)
+
+
+def write_run(folder: Path, settings: dict[str, Any], text: str, lines: Sequence[Line]) -> None:
+    """Write a run's folder: config.json, results.json (all lines) and table.txt."""
+    write_json(folder / "config.json", settings)
+    write_json(folder / "results.json", {"lines": [asdict(line) for line in lines]})
+    write_text(folder / "table.txt", text + "\n")
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _seconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0f}"
+
+
+def _draw(head: list[str], body: list[list[str]]) -> str:
+    table = Texttable(max_width=0)
+    table.set_deco(Texttable.HEADER | Texttable.BORDER | Texttable.VLINES)
+    table.set_cols_dtype(["t"] * len(head))
+    table.set_cols_align(["l"] + ["r"] * (len(head) - 1))
+    table.add_rows([head, *body])
+    return table.draw()

@@ -1,0 +1,455 @@
+"""The interaction log as flat arrays; prefix rows and training windows are views of it.
+
+RecBole writes every prefix of every user as a padded row and runs the network once per target. A window is a stretch of
+a user's sequence that the network reads once, with a loss at every position; only a model whose output at a position
+does not depend on later items may be trained that way, which `is_causal` finds out by running it.
+"""
+
+import inspect
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from recbole.data.interaction import Interaction
+from torch import Tensor
+
+CAUSAL_TOLERANCE = 1e-4
+"""Largest difference, as a share of the largest state, that still counts as rounding."""
+
+_MIX = 0x9E3779B97F4A7C15  # odd 64-bit constant: neighbouring (seed, epoch) pairs must not share an order
+
+
+@dataclass(frozen=True)
+class Log:
+    """All users' items in time order, one after the other, users in the order of their tokens.
+
+    Args:
+        users: Internal user ids `[U]`, sorted by token, so that permuting the interaction file changes nothing.
+        items: Internal item ids `[N]`, each user's in time order.
+        offsets: Where each user's items begin and end `[U + 1]`.
+        n_items: Number of internal item ids, padding included.
+    """
+
+    users: Tensor
+    items: Tensor
+    offsets: Tensor
+    n_items: int
+
+    @classmethod
+    def from_dataset(cls, dataset) -> "Log":
+        """Recover the log from a split of RecBole's SequentialDataset that holds each user's earliest prefix rows.
+
+        A prefix longer than `MAX_ITEM_LIST_LENGTH` is cut in its row; its items are all there as targets of earlier
+        rows.
+
+        Args:
+            dataset: The training split, as in `train_data._dataset`.
+
+        Raises:
+            ValueError: The rows are not what RecBole's own augmentation makes of a log (such as hand-made rows of
+                `benchmark_filename`).
+        """
+        present, code, order = _by_user_token(dataset)
+        rows = dataset.inter_feat
+        length = rows[dataset.item_list_length_field].long()[order]
+        target = rows[dataset.iid_field].long()[order]
+        history = rows[getattr(dataset, f"{dataset.iid_field}_list_field")]
+
+        first = torch.ones(len(code), dtype=torch.bool)
+        first[1:] = code[1:] != code[:-1]
+        last_read = history[order, length - 1]
+        grown = torch.clamp(length[:-1] + 1, max=history.shape[1])
+        follows = (length[1:] == grown) & (last_read[1:] == target[:-1])
+        if not bool((length[first] == 1).all()) or not bool((follows | first[1:]).all()):
+            raise ValueError(
+                f"dataset={dataset.dataset_name}: its training rows are not all the prefixes of each user's earliest "
+                "items, so the sequences cannot be put together again; such rows can be trained on as they are. "
+                "Set positions=last."
+            )
+
+        # a user's k-th row gives item k + 1; item 0 stands only in the first row's history
+        position = torch.arange(len(code)) + code + 1
+        items = torch.empty(len(code) + len(present), dtype=torch.long)
+        items[position] = target
+        items[position[first] - 1] = history[order[first], 0].long()
+        offsets = torch.zeros(len(present) + 1, dtype=torch.long)
+        offsets[1:] = torch.cumsum(torch.bincount(code, minlength=len(present)) + 1, 0)
+        return cls(present, items, offsets, dataset.item_num)
+
+    def rows(self) -> Tensor:
+        """Flat positions `[M]` of every target, ascending; a target is any item but its user's first."""
+        is_target = torch.ones(len(self.items), dtype=torch.bool)
+        is_target[self.offsets[:-1]] = False
+        return is_target.nonzero()[:, 0]
+
+    def user_index(self, position: Tensor) -> Tensor:
+        """Which user (as an index into `users`) each flat position belongs to."""
+        return torch.searchsorted(self.offsets, position, right=True) - 1
+
+    def history(self, position: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """What a user had read before some flat positions.
+
+        Args:
+            position: Flat positions `[P]`.
+            length: Most items to look back.
+
+        Returns:
+            Items `[P, length]`, oldest first, padded on the right with 0, and how many of them are real `[P]`.
+        """
+        start = torch.maximum(self.offsets[self.user_index(position)], position - length)
+        return _stretch(self.items, start, position, length), position - start
+
+
+def row_positions(dataset) -> Tensor:
+    """Flat position in `Log.from_dataset(dataset)` of the target of each row `[M]`, in the data set's own order."""
+    _, code, order = _by_user_token(dataset)
+    positions = torch.empty_like(order)
+    positions[order] = torch.arange(len(order)) + code + 1
+    return positions
+
+
+def _by_user_token(dataset) -> tuple[Tensor, Tensor, Tensor]:
+    """A split's users `[U]` by token, and its rows brought into that order: the user's index `[M]`, the row's number `[M]`."""
+    user = dataset.inter_feat[dataset.uid_field].long()
+    if len(user) == 0:
+        raise ValueError(
+            f"dataset={dataset.dataset_name}: the training split has no row, since no user has enough items; "
+            "there must be one user with four or more under leave-one-out. Add data or change eval_args."
+        )
+    tokens = np.asarray(dataset.field2id_token[dataset.uid_field]).astype(str)
+    present, code = torch.unique(user, return_inverse=True)
+    by_token = torch.from_numpy(np.argsort(tokens[present.numpy()], kind="stable"))
+    rank = torch.empty_like(by_token)
+    rank[by_token] = torch.arange(len(by_token))
+    code, order = torch.sort(rank[code], stable=True)
+    return present[by_token], code, order
+
+
+class Windows(NamedTuple):
+    """Stretches of a log: inputs `items[start:end]`, targets `items[start + 1:end + 1]`, loss from position `first` on.
+
+    Shapes: each `[W]`, flat positions of the log.
+    """
+
+    start: Tensor
+    end: Tensor
+    first: Tensor
+
+    def targets(self) -> Tensor:
+        """Number of targets with loss in each window `[W]`."""
+        return self.end + 1 - self.first
+
+
+def windows(log: Log, length: int, overlap: int) -> Windows:
+    """Cut every user into windows such that each target of the log carries loss in exactly one of them.
+
+    A user's later windows begin with `overlap` items that were targets of the window before and now are context only,
+    so that every target sees at least its last `overlap + 1` items, if there are as many.
+
+    Args:
+        log: The log.
+        length: Most input items of a window.
+        overlap: Input items at the beginning of a later window that carry no loss; 0 <= overlap < length.
+
+    Raises:
+        ValueError: `overlap` does not fit into `length`.
+    """
+    if not 0 <= overlap < length:
+        raise ValueError(
+            f"window_overlap={overlap}: does not fit into windows of {length} items; "
+            f"there is 0 to {length - 1}. Change it or MAX_ITEM_LIST_LENGTH in a config file or on the command line."
+        )
+    step = length - overlap
+    beyond = (log.offsets.diff() - 1 - length).clamp(min=0)  # targets that the first window does not reach
+    count = torch.where(log.offsets.diff() > 1, 1 + torch.div(beyond + step - 1, step, rounding_mode="floor"), 0)
+    user = torch.repeat_interleave(torch.arange(len(log.users)), count)
+    nth = torch.arange(len(user)) - (torch.cumsum(count, 0) - count)[user]
+    start = log.offsets[user] + nth * step
+    end = torch.minimum(start + length, log.offsets[user + 1] - 1)
+    first = start + 1 + torch.where(nth > 0, overlap, 0)
+    return Windows(start, end, first)
+
+
+class Fields(NamedTuple):
+    """Names of the columns that a model reads from a batch."""
+
+    items: str
+    length: str
+    user: str
+
+    @classmethod
+    def of(cls, model) -> "Fields":
+        """The names a RecBole sequential model was built with."""
+        return cls(model.ITEM_SEQ, model.ITEM_SEQ_LEN, model.USER_ID)
+
+
+class WindowLoader:
+    """Batches of windows in the form that RecBole's `Trainer._train_epoch` iterates.
+
+    A batch is an Interaction of B windows, l being the longest of them: items `[B, l]` padded with 0, their number
+    `[B]`, the user `[B]`, `target_list [B, l]` (0 = no loss at this position) and `row_list [B, l]`, the flat position
+    of each target with loss, else -1.
+
+    The order of an epoch is a function of the seed and the epoch's number alone; the number goes up when an epoch has
+    been iterated to its end.
+
+    Args:
+        log: The log.
+        windows: Its windows.
+        fields: Column names of the batch.
+        targets_per_batch: Most targets with loss in a batch; a window that has more is a batch of its own.
+        seed: Seed of the order.
+        shuffle: Whether the order changes from epoch to epoch; otherwise the log's order.
+        dataset: The RecBole dataset that the log came from, for those who ask the loader for it.
+    """
+
+    def __init__(
+        self,
+        log: Log,
+        windows: Windows,
+        fields: Fields,
+        targets_per_batch: int,
+        seed: int = 0,
+        shuffle: bool = True,
+        dataset=None,
+    ):
+        self.log, self.windows, self.fields = log, windows, fields
+        self.targets_per_batch = targets_per_batch
+        self.seed, self.shuffle = seed, shuffle
+        self.dataset = self._dataset = dataset
+        self.epoch = 0
+        self._plan: tuple[int, list[Tensor]] | None = None
+
+    def __len__(self) -> int:
+        """Number of batches of the epoch that comes next, or is under way."""
+        return len(self.plan())
+
+    def __iter__(self) -> Iterator[Interaction]:
+        for chosen in self.plan():
+            yield self.batch(chosen)
+        self.epoch += 1
+
+    def plan(self) -> list[Tensor]:
+        """Window numbers of each batch of the current epoch."""
+        if self._plan is None or self._plan[0] != self.epoch:
+            order = torch.arange(len(self.windows.start))
+            if self.shuffle:
+                mixed = (self.seed * _MIX + self.epoch) % 2**63
+                order = torch.randperm(len(order), generator=torch.Generator().manual_seed(mixed))
+            self._plan = self.epoch, pack(order, self.windows.targets(), self.targets_per_batch)
+        return self._plan[1]
+
+    def batch(self, chosen: Tensor) -> Interaction:
+        """The batch of some windows, given by their numbers `[B]`."""
+        start, end, first = (column[chosen] for column in self.windows)
+        longest = int((end - start).max())
+        row = start[:, None] + 1 + torch.arange(longest)
+        row = torch.where((row >= first[:, None]) & (row <= end[:, None]), row, -1)
+        user = self.log.users[self.log.user_index(start)]
+        return Interaction(
+            {
+                self.fields.user: user,
+                self.fields.items: _stretch(self.log.items, start, end, longest),
+                self.fields.length: end - start,
+                "target_list": torch.where(row >= 0, self.log.items[row], 0),
+                "row_list": row,
+            }
+        )
+
+    def state(self) -> dict[str, int]:
+        """What `set_state` needs to go on exactly here, between two epochs."""
+        return {"epoch": self.epoch, "seed": self.seed}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        """Go on where `state` was taken."""
+        self.epoch, self.seed = state["epoch"], state["seed"]
+        self._plan = None
+
+
+def pack(order: Tensor, weight: Tensor, limit: int) -> list[Tensor]:
+    """Cut `order` into runs whose weights add up to at most `limit`, or that are a single element.
+
+    Args:
+        order: Element numbers `[W]`.
+        weight: Weight of each element `[W]`, by its number.
+        limit: Largest sum of a run.
+    """
+    total = torch.cumsum(weight[order], 0).numpy()
+    runs, begin = [], 0
+    while begin < len(order):
+        before = total[begin - 1] if begin else 0
+        end = max(begin + 1, int(np.searchsorted(total, before + limit, side="right")))
+        runs.append(order[begin:end])
+        begin = end
+    return runs
+
+
+def _stretch(items: Tensor, start: Tensor, end: Tensor, width: int) -> Tensor:
+    """`items[start:end]` of each pair as a row `[len(start), width]`, padded on the right with 0."""
+    position = start[:, None] + torch.arange(width)
+    return torch.where(position < end[:, None], items[position.clamp(max=len(items) - 1)], 0)
+
+
+def forward_arguments(model, batch: Interaction) -> dict[str, Tensor]:
+    """What a RecBole sequential model's `forward` wants to be called with, taken from a batch.
+
+    Raises:
+        ValueError: `forward` has a parameter that is neither the history, its length nor the user (FPMC, for one, wants
+            the target).
+    """
+    known = {
+        "item_seq": model.ITEM_SEQ,
+        "seq_item": model.ITEM_SEQ,
+        "item_seq_len": model.ITEM_SEQ_LEN,
+        "seq_item_len": model.ITEM_SEQ_LEN,
+        "user": model.USER_ID,
+        "user_id": model.USER_ID,
+    }
+    arguments = {}
+    for name, parameter in inspect.signature(model.forward).parameters.items():
+        if name in known:
+            arguments[name] = batch[known[name]]
+        elif parameter.default is parameter.empty and parameter.kind in (
+            parameter.POSITIONAL_ONLY,
+            parameter.POSITIONAL_OR_KEYWORD,
+            parameter.KEYWORD_ONLY,
+        ):
+            raise ValueError(
+                f"model={type(model).__name__}: its forward wants '{name}'; there is {', '.join(known)}. "
+                "Choose a model that makes its output from the history, its length and the user."
+            )
+    return arguments
+
+
+@contextmanager
+def _every_position(model) -> Iterator[None]:
+    """While this lasts, the model keeps its outputs of all positions where it would pick the last one."""
+    before = model.__dict__.get("gather_indexes")
+    model.gather_indexes = lambda output, gather_index: output
+    try:
+        yield
+    finally:
+        del model.gather_indexes
+        if before is not None:
+            model.gather_indexes = before
+
+
+def states(model, batch: Interaction) -> Tensor:
+    """The model's output at every position of a batch.
+
+    Only for models that pick the last position by `self.gather_indexes` as their last step; `is_causal` tells.
+
+    Args:
+        model: A RecBole sequential model.
+        batch: Has the model's history, length and user columns, histories `[B, l]`.
+
+    Returns:
+        States `[B, l, d]`; after the end of a history they mean nothing.
+    """
+    with _every_position(model):
+        return model.forward(**forward_arguments(model, batch))
+
+
+def sample_rows(model, rows: int = 4, longest: int = 50) -> Interaction:
+    """A small made-up batch of full histories that a model can read, the same at every call.
+
+    Histories are one item shorter than the model's longest (or than `longest`), so that padding can be told from items.
+
+    Args:
+        model: A RecBole sequential model.
+        rows: Number of histories B.
+        longest: Most items of a history.
+
+    Returns:
+        History `[B, l]`, its length `[B]`, user `[B]` and a target item `[B]`, on the model's device.
+    """
+    generator = torch.Generator().manual_seed(0)
+    width = min(longest, model.max_seq_length - 1 if model.max_seq_length > 2 else model.max_seq_length)
+    columns = {
+        model.ITEM_SEQ: torch.randint(1, model.n_items, (rows, width), generator=generator),
+        model.ITEM_SEQ_LEN: torch.full((rows,), width),
+        # ids of the sample stay at 1: a model's user table need not be larger
+        model.USER_ID: torch.ones(rows, dtype=torch.long),
+        model.ITEM_ID: torch.randint(1, model.n_items, (rows,), generator=generator),
+    }
+    return Interaction(columns).to(model.device)
+
+
+@contextmanager
+def undisturbed(model) -> Iterator[None]:
+    """While this lasts, a model is in evaluation mode; its mode and every random number generator come back after it."""
+    was_training, python, legacy = model.training, random.getstate(), np.random.get_state()
+    devices = [model.device] if torch.device(model.device).type == "cuda" else []
+    try:
+        # on a GPU, TF32 rounds more coarsely than the comparisons made here allow
+        with torch.no_grad(), torch.random.fork_rng(devices), torch.backends.cudnn.flags(allow_tf32=False):
+            model.eval()
+            yield
+    finally:
+        model.train(was_training)
+        random.setstate(python)
+        np.random.set_state(legacy)
+
+
+def is_causal(model, batch: Interaction | None = None) -> tuple[bool, str]:
+    """Find out by running it whether a model's output at a position is what it would say after that prefix alone.
+
+    Two things are compared, in evaluation mode: the states before and after all later items were changed, and the state
+    at t with `forward` of the padded prefix, as evaluation will call it. The model, its mode and the random number
+    generators are left as they were.
+
+    Args:
+        model: A RecBole sequential model.
+        batch: Full histories (no padding) to try it on; made up if there is none.
+
+    Returns:
+        Whether it is causal, and a sentence for the log that says why.
+    """
+    try:
+        with undisturbed(model):
+            return _is_causal(model, sample_rows(model) if batch is None else batch)
+    except Exception as error:  # whatever a model raises here, it cannot be trained on all positions
+        line = (str(error).strip().splitlines() or ["no message"])[0]
+        return False, f"{type(model).__name__} does not run on all positions at once ({type(error).__name__}: {line})"
+
+
+def _is_causal(model, batch: Interaction) -> tuple[bool, str]:
+    """The two comparisons of `is_causal`, without its precautions."""
+    name = type(model).__name__
+    items = batch[model.ITEM_SEQ]
+    rows, width = items.shape
+    output = states(model, batch)
+    if not isinstance(output, Tensor) or output.ndim != 3 or output.shape[:2] != items.shape:
+        shape = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        return False, f"{name} does not give one state per position (its output is {shape} for {rows} x {width} items)"
+    allowed = CAUSAL_TOLERANCE * float(output.abs().max())
+
+    kept = (width + 1) // 2
+    changed = items.clone()
+    changed[:, kept:] = items[:, kept:] % (model.n_items - 1) + 1
+    other = states(model, _with(batch, {model.ITEM_SEQ: changed}))
+    leak = float((other - output)[:, :kept].abs().max())
+    if not leak <= allowed:
+        return False, f"{name}'s output at a position depends on later items (by {leak:.2g})"
+
+    at = torch.linspace(0, width - 1, min(width, 16), device=items.device).long()
+    padded = torch.zeros(len(at), max(width, model.max_seq_length), dtype=torch.long, device=items.device)
+    padded[:, :width] = torch.where(torch.arange(width, device=items.device) <= at[:, None], items[0], 0)
+    columns = {name: batch[name][:1].expand(len(at)) for name in (model.USER_ID, model.ITEM_ID) if name in batch}
+    prefixes = Interaction(columns | {model.ITEM_SEQ: padded, model.ITEM_SEQ_LEN: at + 1})
+    alone = model.forward(**forward_arguments(model, prefixes))
+    if alone.shape != output[0, at].shape:
+        return False, f"{name} gives {list(alone.shape)} where {list(output[0, at].shape)} was expected"
+    gap = float((alone - output[0, at]).abs().max())
+    if not gap <= allowed:
+        return False, f"{name}'s output at a position is not its output after that prefix (they differ by {gap:.2g})"
+    return True, f"{name}'s output at a position does not depend on later items (tried on {rows} x {width} items)"
+
+
+def _with(batch: Interaction, columns: dict[str, Tensor]) -> Interaction:
+    """A copy of a batch with some columns replaced."""
+    return Interaction(batch.interaction | columns)

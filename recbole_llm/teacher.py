@@ -1,0 +1,174 @@
+"""What a teacher is, and how one gets ready: taken from its checkpoint, or trained once and kept.
+
+Any of RecBole's sequential models is a teacher, too: it ranks by `full_sort_predict`, and its item table are its vectors.
+"""
+
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from recbole.model.abstract_recommender import SequentialRecommender
+from recbole.utils import get_model, init_seed
+from recbole.utils.argument_list import training_arguments
+from torch import Tensor
+
+from recbole_llm.artifacts import DamagedArtifact, digest, file_digest, read_json, write_json
+from recbole_llm.config import read_yaml, recbole_yaml
+from recbole_llm.item_text import ItemText
+from recbole_llm.model import PROPERTIES
+from recbole_llm.sequences import Log
+from recbole_llm.trainer import read_checkpoint, trainer_class
+
+# Settings that change how much is looked at, but neither the trained teacher nor its labels.
+NOT_IDENTITY = {
+    "teacher_eval_rows", "eval_batch_size", "eval_step", "loss_decimal_place", "prompt_digest", "generate_tokens_per_batch",
+}  # fmt: skip
+LABELLING = ("generate_", "ground_")  # settings that change the labels, but not the training
+
+
+class Teacher(SequentialRecommender):
+    """A recommender that others learn from; ranks like any RecBole sequential model."""
+
+    @property
+    def history_length(self) -> int:
+        """Most history items it looks at."""
+        return self.max_seq_length
+
+    def work(self, histories: Tensor) -> Tensor:
+        """How much work each history is, so that labelling can put equals together; histories [B, L] -> [B]."""
+        return (histories > 0).sum(dim=1)
+
+    def trained_on(self, n_rows: int) -> Tensor:
+        """Which of the training rows it was tuned on, so that their labels are memorised; bool [n_rows]."""
+        return torch.ones(n_rows, dtype=torch.bool)
+
+    def item_embeddings(self) -> Tensor:
+        """One vector per item by internal id, row 0 padding [n_items, d]."""
+        raise NotImplementedError
+
+
+def rank(model: SequentialRecommender, batch: Any, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A model's best items for every row of a batch.
+
+    Args:
+        model: Any sequential recommender with `full_sort_predict`.
+        batch: Interaction of B rows that also names the target item.
+        k: Items per row, at most the size of the catalogue.
+
+    Returns:
+        items [B, k], their score [B, k], score of the target [B]; the padding id is never among the items.
+    """
+    scores = model.full_sort_predict(batch).view(len(batch), -1).float().clone()
+    scores[:, 0] = float("-inf")
+    score, items = scores.topk(k, dim=1)
+    return items, score, scores.gather(1, batch[model.ITEM_ID].unsqueeze(1)).squeeze(1)
+
+
+def item_table(model: SequentialRecommender) -> Tensor:
+    """A teacher's item vectors [n_items, d]: its own `item_embeddings`, or a RecBole model's item table."""
+    if isinstance(model, Teacher):
+        return model.item_embeddings()
+    return model.item_embedding.weight.detach()[: model.n_items].clone()
+
+
+def sample_of_rows(n_rows: int, count: int, seed: int) -> Tensor:
+    """A seeded sample of rows without repetition, ascending; all of them if `count` is 0 or too large. Returns [count]."""
+    if not 0 < count < n_rows:
+        return torch.arange(n_rows)
+    return torch.randperm(n_rows, generator=torch.Generator().manual_seed(seed))[:count].sort().values
+
+
+def identity(config: Any, labelling: bool) -> dict[str, Any]:
+    """The settings that make a teacher what it is, and with `labelling` those that shape its labels, too."""
+    name = config["model"]
+    keys = set(read_yaml(PROPERTIES / "model" / f"{name}.yaml")) or set(read_yaml(recbole_yaml(name)))
+    keys = (keys | {*training_arguments, "seed", "title_field"}) - NOT_IDENTITY
+    if "teacher_history" not in keys:  # what has a history of its own does not depend on the student's rows
+        keys.add("MAX_ITEM_LIST_LENGTH")
+    if not labelling:
+        keys = {key for key in keys if not key.startswith(LABELLING)}
+    return {"model": name, **{key: config[key] for key in sorted(keys)}}
+
+
+def data_digest(log: Log, dataset: Any, title_field: str | None) -> str:
+    """Hash of the training log by tokens, and of the titles: two files in another order have the same."""
+    items = [str(token) for token in dataset.field2id_token[dataset.iid_field]]
+    users = dataset.field2id_token[dataset.uid_field]
+    titles = ItemText.from_dataset(dataset, title_field).titles if title_field else ()
+    return digest(
+        {
+            "users": [str(users[user]) for user in log.users.tolist()],
+            "offsets": log.offsets.tolist(),
+            "items": [items[item] for item in log.items.tolist()],
+            "titles": sorted(zip(items, titles, strict=False)),
+        }
+    )
+
+
+def teacher_folder(config: Any, data: str) -> Path:
+    """Where the teacher with these settings on these data is kept."""
+    key = digest({**identity(config, labelling=False), "data": data})
+    return Path(config["checkpoint_dir"]) / "teachers" / f"{config['model']}-{config['dataset']}-{key}"
+
+
+def ready(config: Any, train_data: Any, valid_data: Any, checkpoint: str | None = None) -> SequentialRecommender:
+    """The trained teacher: from `checkpoint`, from its own folder, or trained now (and resumed, if it was stopped).
+
+    Args:
+        config: The teacher's own Config.
+        train_data: RecBole's training loader.
+        valid_data: RecBole's validation loader.
+        checkpoint: File of a teacher trained elsewhere.
+
+    Raises:
+        ValueError: `checkpoint` names no file or another model.
+    """
+    dataset = train_data._dataset
+    init_seed(config["seed"], config["reproducibility"])
+    model = get_model(config["model"])(config, dataset).to(config["device"])
+    if checkpoint:
+        if not Path(checkpoint).is_file():
+            raise ValueError(f"teacher_checkpoint={checkpoint}: no such file. Set teacher_checkpoint to a .safetensors file of ours.")
+        return _loaded(model, checkpoint)
+    folder = teacher_folder(config, data_digest(Log.from_dataset(dataset), dataset, config["title_field"]))
+    file = folder / "model.safetensors"
+    trainer = trainer_class(config)(config, model)
+    if is_ready(folder):
+        trainer.logger.info(f"The teacher is taken from {folder}.")
+        return _loaded(model, file)
+    trainer.keep_in(folder)
+    began = perf_counter()
+    trainer.fit(train_data, valid_data, saved=True, show_progress=config["show_progress"])
+    loaded = _loaded(model, file)
+    write_json(folder / "done.json", {"checkpoint": file_digest(file), "seconds": perf_counter() - began})
+    return loaded
+
+
+def is_ready(folder: Path) -> bool:
+    """Whether a folder holds a teacher that was trained to its end and is whole."""
+    try:
+        done = read_json(folder / "done.json")
+        return file_digest(folder / "model.safetensors") == done["checkpoint"]
+    except (FileNotFoundError, DamagedArtifact, KeyError):
+        return False
+
+
+def seconds_of(folder: Path) -> float | None:
+    """How long the training of the teacher in a folder took; None if it was not trained there."""
+    try:
+        return read_json(folder / "done.json")["seconds"]
+    except FileNotFoundError:
+        return None
+
+
+def _loaded(model: SequentialRecommender, file: str | Path) -> SequentialRecommender:
+    state = read_checkpoint(file, model.device)
+    if state["config"]["model"] != type(model).__name__:
+        raise ValueError(
+            f"teacher_checkpoint={file}: holds a {state['config']['model']}, not a {type(model).__name__}. Set teacher to "
+            f"{state['config']['model']} or name another file."
+        )
+    model.load_state_dict(state["state_dict"])
+    model.load_other_parameter(state.get("other_parameter"))
+    return model.eval()

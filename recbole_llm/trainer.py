@@ -1,0 +1,401 @@
+"""RecBole's Trainer for sequential models: a loss at every position where the model allows it, and exact resume.
+
+Differs from RecBole's Trainer in what is read from and written to disk (safetensors and JSON, never pickle) and in where
+the training batches come from; the loops of training and evaluation are RecBole's.
+"""
+
+import shutil
+from collections import OrderedDict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from recbole.evaluator import Evaluator
+from recbole.trainer import Trainer
+from recbole.utils import ModelType, get_local_time, get_trainer
+from torch import Tensor
+from torch.nn import functional
+
+from recbole_llm import checkpoint
+from recbole_llm.artifacts import DamagedArtifact
+from recbole_llm.checkpoint import config_from_settings, read_checkpoint, write_checkpoint
+from recbole_llm.item_text import ItemText
+from recbole_llm.sequences import (
+    Fields,
+    Log,
+    WindowLoader,
+    forward_arguments,
+    is_causal,
+    row_positions,
+    sample_rows,
+    states,
+    undisturbed,
+    windows,
+)
+
+__all__ = ["SequenceTrainer", "config_from_settings", "read_checkpoint", "write_checkpoint"]
+
+POSITIONS = ("auto", "all", "last")
+DEFAULT_OVERLAP = 10
+
+
+class KeepsRanks(Evaluator):
+    """RecBole's Evaluator that also keeps at which rank each row's target was found, for intervals and paired comparisons."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.ranks: list[int] = []
+
+    def evaluate(self, dataobject):
+        """Like RecBole's."""
+        if "rec.topk" in dataobject:
+            hits = dataobject.get("rec.topk")[:, :-1].bool()  # the last column counts the relevant items
+            self.ranks = torch.where(hits.any(dim=1), hits.int().argmax(dim=1), -1).tolist()
+        return super().evaluate(dataobject)
+
+
+def trainer_class(config) -> type[Trainer]:
+    """The trainer of a Config's model: its own if it has one, else SequenceTrainer where RecBole would take its basic one."""
+    own = get_trainer(config["MODEL_TYPE"], config["model"])
+    return SequenceTrainer if own is Trainer and config["MODEL_TYPE"] == ModelType.SEQUENTIAL else own
+
+
+class SequenceTrainer(Trainer):
+    """Trains any RecBole sequential model, on windows of the log if it is causal, else on RecBole's rows.
+
+    Under `positions: all` a model reads a stretch of a user's sequence once and every position predicts the next item;
+    under `last` it gets RecBole's rows and its own loss, number for number as under RecBole's Trainer; `auto` takes `all`
+    where a check shows that both would train the same loss.
+
+    Relations:
+        Like RecBole's Trainer, but saves `<model>-<dataset>-<time>.safetensors` and `.json`, and `resume_checkpoint`
+        continues exactly where the last evaluated epoch ended.
+
+    Args:
+        config: RecBole Config; reads `positions`, `window_overlap`, `train_batch_size` (targets), `seed`,
+            `MAX_ITEM_LIST_LENGTH`, and what RecBole's Trainer reads.
+        model: The model, on its device.
+    """
+
+    wants_row_list = False
+    """Whether batches of RecBole's rows need a column `row_list [B]`, the flat position of each row's target."""
+
+    def __init__(self, config, model):
+        super().__init__(config, model)
+        self.saved_model_file = self._free_name(f"{config['model']}-{config['dataset']}-{get_local_time()}")
+        self.all_positions = False
+        self.loader = None
+        self.dataset = None
+        self._rows_loader = None
+        self._writes_every_epoch = False
+        self._resumed: tuple[dict[str, Tensor], dict[str, Any]] | None = None
+        self.evaluator = KeepsRanks(config)
+        self.evaluated_rows: list[int] | None = None
+        self.state_folder: Path | None = None
+
+    @property
+    def ranks(self) -> list[int]:
+        """Rank of the target in every row of the last evaluation, from 0; -1 beyond the largest cut-off."""
+        return self.evaluator.ranks
+
+    def _free_name(self, name: str) -> str:
+        """A file name that is not taken: RecBole's time stamp has seconds only."""
+        folder, number = Path(self.checkpoint_dir), 1
+        path = folder / f"{name}{checkpoint.SUFFIX}"
+        while path.exists():
+            number += 1
+            path = folder / f"{name}-{number}{checkpoint.SUFFIX}"
+        return str(path)
+
+    def keep_in(self, folder: str | Path, resume: bool = True) -> None:
+        """Keep checkpoint and training state in a folder, and go on with the training whose state is there.
+
+        Args:
+            folder: Where `model.safetensors` and what belongs to it are kept.
+            resume: Whether to go on; otherwise a state that is there is removed.
+        """
+        folder = Path(folder)
+        self.saved_model_file = str(folder / f"model{checkpoint.SUFFIX}")
+        self.state_folder = folder / "state"
+        state = checkpoint.resume_file(self.saved_model_file)
+        if not resume:
+            state.unlink(missing_ok=True)
+            shutil.rmtree(self.state_folder, ignore_errors=True)
+        elif state.exists():
+            try:
+                self.resume_checkpoint(self.saved_model_file)
+            except DamagedArtifact as error:
+                self.logger.warning(f"The state of the training cannot be read, so it begins anew: {error}")
+
+    @property
+    def network(self):
+        """The model whose forward makes the states, and whose `item_embedding` scores them."""
+        return self.model
+
+    def batch_loss(self, batch) -> Tensor | tuple[Tensor, ...]:
+        """Loss of a batch, or several that RecBole adds up and logs one by one.
+
+        Under `positions: all` the mean cross entropy over the targets with loss, all items being candidates; else the
+        model's own.
+        """
+        if not self.all_positions:
+            return self.model.calculate_loss(batch)
+        targets = batch["target_list"]
+        counts = targets > 0
+        logits = states(self.network, batch)[counts] @ self.network.item_embedding.weight.T
+        return functional.cross_entropy(logits, targets[counts])
+
+    def fault_of_all(self) -> str | None:
+        """Why, apart from causality, `batch_loss` at all positions would not be the model's own loss; None if it is."""
+        if self.config["loss_type"] != "CE":
+            return f"loss_type={self.config['loss_type']} is no cross entropy over all items"
+        if self.config["train_neg_sample_args"]["distribution"] != "none":
+            return "train_neg_sample_args asks for sampled negatives"
+        name, weight = type(self.network).__name__, getattr(getattr(self.network, "item_embedding", None), "weight", None)
+        if weight is None or len(weight) != self.network.n_items:
+            return f"{name} has no item_embedding table of one row per item"
+        try:
+            with undisturbed(self.model):
+                batch = sample_rows(self.model)
+                logits = self.network.forward(**forward_arguments(self.network, batch)) @ weight.T
+                ours = functional.cross_entropy(logits, batch[self.model.POS_ITEM_ID])
+                own = self.model.calculate_loss(batch)
+        except Exception as error:  # a loss that needs other columns cannot be compared
+            return f"{name}'s own loss could not be compared ({type(error).__name__}: {error})"
+        if not torch.is_tensor(own) or not torch.allclose(own, ours, rtol=1e-4):
+            return f"{name}'s own loss is more than the cross entropy of its states with its item table"
+        return None
+
+    def model_state(self) -> dict[str, Tensor]:
+        """The state that a checkpoint holds."""
+        return self.model.state_dict()
+
+    def extra_meta(self) -> dict[str, Any]:
+        """What a checkpoint's JSON shall hold besides (such as `titles` by internal item id)."""
+        return {}
+
+    def generator_states(self) -> dict[str, torch.Generator]:
+        """Generators of a subclass that an exact resume has to bring back."""
+        return {}
+
+    def _prepare(self, train_data) -> None:
+        """Choose between windows and RecBole's rows, say so, and make the loader."""
+        asked = self.config["positions"] or "auto"
+        if asked not in POSITIONS:
+            raise ValueError(
+                f"positions={asked}: no such choice; there is {', '.join(POSITIONS)}. Set positions in a config file or on the "
+                "command line."
+            )
+        self.dataset, self._rows_loader = train_data._dataset, train_data
+        log, why = (None, "positions=last was asked for") if asked == "last" else self._log_or_fault()
+        if asked == "all" and log is None:
+            raise ValueError(
+                f"positions=all: {why}; there is positions=last, on one row per target. Set positions to auto or last in a "
+                "config file or on the command line."
+            )
+        self.all_positions = log is not None
+        if log is None:
+            self.loader = train_data
+            if self.wants_row_list:
+                self.dataset.inter_feat["row_list"] = row_positions(self.dataset)
+            how = f"last position of {len(self.dataset)} rows"
+        else:
+            length, overlap = self._window_size()
+            cut = windows(log, length, overlap)
+            self.loader = WindowLoader(
+                log,
+                cut,
+                Fields.of(self.network),
+                self.config["train_batch_size"],
+                self.config["seed"] or 0,
+                self.config["shuffle"] is not False,
+                self.dataset,
+            )
+            how = f"all positions of {len(cut.start)} windows of up to {length} items (overlap {overlap}), {len(log.rows())} targets"
+        self.logger.info(f"Training on the {how}: {why}. CPU threads: {torch.get_num_threads()}.")
+
+    def _log_or_fault(self) -> tuple[Log | None, str]:
+        """The log to cut windows from, or None; and why."""
+        if not self.config["single_spec"]:
+            return None, "several processes share the training"
+        if self.config["transform"]:
+            return None, f"transform={self.config['transform']} changes RecBole's rows"
+        causal, why = is_causal(self.network)
+        fault = self.fault_of_all() if causal else why
+        if fault:
+            return None, fault
+        try:
+            return Log.from_dataset(self.dataset), why
+        except ValueError as error:
+            return None, str(error)
+
+    def _window_size(self) -> tuple[int, int]:
+        """Items of a window, and how many of them are context only; an overlap that does not fit is halved to fit."""
+        length = self.config["MAX_ITEM_LIST_LENGTH"]
+        asked = self.config["window_overlap"]
+        overlap = DEFAULT_OVERLAP if asked is None else asked
+        return length, overlap if overlap < length else length // 2
+
+    def fit(self, train_data, valid_data=None, verbose=True, saved=True, show_progress=False, callback_fn=None):
+        """Train as RecBole does, from where `resume_checkpoint` says if that was called.
+
+        Args:
+            train_data: RecBole's training loader.
+            valid_data: RecBole's validation loader; without it there is no early stopping.
+            verbose: Whether epochs are logged.
+            saved: Whether checkpoint and resume state are written.
+            show_progress: Whether there are progress bars.
+            callback_fn: Called with (epoch, validation score) after each evaluation, when the resume state is on disk.
+
+        Returns:
+            Best validation score and result.
+
+        Raises:
+            ValueError: `positions: all` for a model that cannot; the message says why.
+        """
+        self._prepare(train_data)
+        done = self._resumed is not None and self._continue_exactly(bool(valid_data))
+        self._writes_every_epoch = saved and (not valid_data or self.eval_step <= 0)
+
+        def after_evaluation(epoch, score):
+            if saved:
+                self._write_resume(epoch)
+            if callback_fn:
+                callback_fn(epoch, score)
+
+        # RecBole would begin by overwriting the best checkpoint of a training that has ended
+        return super().fit(train_data, valid_data, verbose, saved and not done, show_progress, after_evaluation)
+
+    def _train_epoch(self, train_data, epoch_idx, loss_func=None, show_progress=False):
+        loader = train_data if self.loader is None else self.loader
+        # recbole/model/sequential_recommender/sine.py switches anomaly detection on for every model, and it doubles the
+        # time of a small step; a loss that is not a number is found by RecBole's loop itself
+        with torch.autograd.set_detect_anomaly(False):
+            return super()._train_epoch(loader, epoch_idx, loss_func or self.batch_loss, show_progress)
+
+    @torch.no_grad()
+    def evaluate(self, eval_data, load_best_model=True, model_file=None, show_progress=False):
+        """Evaluate as RecBole does; `model_file` may be a checkpoint of ours or of RecBole."""
+        file = model_file or self.saved_model_file
+        if eval_data and load_best_model and checkpoint.is_ours(file):
+            state, meta = checkpoint.read_weights(file, self.device)
+            state, other = checkpoint.split_other_parameter(state, meta)
+            self.model.load_state_dict(state)
+            self.model.load_other_parameter(other)
+            self.logger.info(f"Loading model structure and parameters from {file}")
+            load_best_model = False
+        return super().evaluate(eval_data, load_best_model, model_file, show_progress)
+
+    def _save_checkpoint(self, epoch, verbose=True, **kwargs):
+        file = kwargs.get("saved_model_file", self.saved_model_file)
+        if not checkpoint.is_ours(file):
+            return super()._save_checkpoint(epoch, verbose=verbose, **kwargs)
+        if not self.config["single_spec"] and self.config["local_rank"] != 0:
+            return None
+        tensors, values = checkpoint.other_parameter(self.model)
+        meta = {
+            "format": "recbole_llm checkpoint 1",
+            "model": self.config["model"],
+            "dataset": self.config["dataset"],
+            "epoch": epoch,
+            "cur_step": self.cur_step,
+            "best_valid_score": self.best_valid_score,
+            "settings": checkpoint.settings_of(self.config),
+            "external": self.config.external_config_dict,
+            "other_parameter": values,
+            **self._catalogue,
+        }
+        write_checkpoint(file, self.model_state() | tensors, meta | self.extra_meta())
+        if self._writes_every_epoch:
+            self._write_resume(epoch)
+        if verbose:
+            self.logger.info(f"Saving current: {file}")
+        return None
+
+    @cached_property
+    def _catalogue(self) -> dict[str, Any]:
+        """What `recommend` needs to answer without data: item tokens and titles by internal id, and the number of users."""
+        data = self.dataset
+        if data is None:  # nothing was trained, so no data have been seen
+            return {"items": []}
+        field = self.config["title_field"]
+        loaded = field and data.item_feat is not None and field in data.item_feat
+        titles = ItemText.from_dataset(data, field).titles if loaded else []
+        return {"items": [str(token) for token in data.field2id_token[data.iid_field]], "titles": titles, "n_users": data.user_num}
+
+    def resume_checkpoint(self, resume_file):
+        """Let the next `fit` go on where the training that wrote this checkpoint was after its last evaluated epoch.
+
+        The weights, optimizer and random numbers are brought back by `fit`, once the model has its final shape; a
+        training that had ended stays as it is, and its best checkpoint too. A checkpoint of RecBole (`.pth`) is resumed
+        as RecBole does.
+
+        Raises:
+            FileNotFoundError: There is no state of a training beside the checkpoint.
+        """
+        if not checkpoint.is_ours(resume_file):
+            own_file = self.saved_model_file
+            super().resume_checkpoint(resume_file)
+            self.saved_model_file = own_file
+            self._save_checkpoint(self.start_epoch - 1, verbose=False)
+            return
+        self._resumed = tensors, values = checkpoint.read_resume(resume_file)
+        self.saved_model_file = str(resume_file)
+        self.start_epoch = values["epoch"] + 1
+        self.cur_step = values["cur_step"]
+        self.best_valid_score = values["best_valid_score"]
+        best = values["best_valid_result"]
+        self.best_valid_result = None if best is None else OrderedDict(best)
+        self.train_loss_dict = {int(epoch): loss for epoch, loss in values["train_loss"].items()}
+        self.logger.info(f"Resuming {resume_file} from epoch {self.start_epoch}")
+
+    def _write_resume(self, epoch: int) -> None:
+        """Write all that the next epoch depends on."""
+        if not checkpoint.is_ours(self.saved_model_file):
+            return
+        optimizer, optimizer_values = checkpoint.pack_optimizer(self.optimizer)
+        random, random_values = checkpoint.random_state()
+        tensors = checkpoint.under("model", self.model.state_dict()) | checkpoint.under("optimizer", optimizer)
+        tensors |= checkpoint.under("random", random)
+        tensors |= {f"generator.{name}": generator.get_state() for name, generator in self._generators().items()}
+        values = {
+            "epoch": epoch,
+            "cur_step": self.cur_step,
+            "best_valid_score": self.best_valid_score,
+            "best_valid_result": self.best_valid_result and dict(self.best_valid_result),
+            "train_loss": self.train_loss_dict,
+            "optimizer": optimizer_values,
+            "random": random_values,
+            "all_positions": self.all_positions,
+            "loader": self.loader.state() if self.all_positions else None,
+        }
+        checkpoint.write_resume(self.saved_model_file, tensors, values)
+
+    def _continue_exactly(self, validates: bool) -> bool:
+        """Bring back what `_write_resume` wrote; whether the training had ended already."""
+        tensors, values = self._resumed
+        self._resumed = None
+        if values["all_positions"] != self.all_positions:
+            was, now = ("all", "last") if values["all_positions"] else ("last", "all")
+            raise ValueError(
+                f"positions={now}: the training to be resumed, {self.saved_model_file}, was on positions={was}. Set "
+                f"positions={was}, or train anew."
+            )
+        self.model.load_state_dict(checkpoint.within("model", tensors))
+        checkpoint.unpack_optimizer(self.optimizer, checkpoint.within("optimizer", tensors), values["optimizer"])
+        for name, generator in self._generators().items():
+            generator.set_state(tensors[f"generator.{name}"])
+        if self.all_positions:
+            self.loader.set_state(values["loader"])
+        checkpoint.set_random_state(checkpoint.within("random", tensors), values["random"])
+        if validates and self.cur_step > self.stopping_step:
+            self.start_epoch = self.epochs
+        if self.start_epoch >= self.epochs:
+            self.logger.info(f"{self.saved_model_file}: this training had ended; its best checkpoint stays as it is.")
+        return self.start_epoch >= self.epochs
+
+    def _generators(self) -> dict[str, torch.Generator]:
+        """Every generator that the next epoch draws from, besides the global ones."""
+        rows = getattr(self._rows_loader, "generator", None)
+        return ({} if rows is None else {"rows": rows}) | self.generator_states()

@@ -1,0 +1,197 @@
+"""Titles: cleaning, and their way from the item file to the internal ids."""
+
+import logging
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from recbole.config import Config
+from recbole.data import create_dataset
+
+from recbole_llm.item_text import ItemText, check_quotes, clean_title
+from recbole_llm.model import PROPERTIES
+from tests.ring import RING, TITLES, TOKENS, shuffled
+
+PIECES = st.lists(
+    st.sampled_from(['"', "&quot;", "&amp;", "amp;", ", The", ", A", ", L'", " (", ")", "x", "\t", "1995", " ", ","]),
+    max_size=8,
+)
+
+
+def load(data_path, **settings):
+    settings = RING | {"data_path": str(data_path)} | settings
+    return create_dataset(Config(model="Pop", dataset=settings["dataset"], config_dict=settings))
+
+
+@pytest.mark.parametrize(
+    ("raw", "title"),
+    [
+        ("Usual Suspects, The", "The Usual Suspects"),
+        ("Usual Suspects, The (1995)", "The Usual Suspects (1995)"),
+        ("Bug's Life, A", "A Bug's Life"),
+        ("American in Paris, An (1951)", "An American in Paris (1951)"),
+        ("Postino, Il (The Postman) (1994)", "Il Postino (The Postman) (1994)"),
+        ("Enfer, L' (1994)", "L'Enfer (1994)"),
+        ("Good, The Bad and The Ugly, The", "The Good, The Bad and The Ugly"),
+        ("Hate (Haine, La)", "Hate (Haine, La)"),
+        ("Rhapsody, A Musical Adventure", "Rhapsody, A Musical Adventure"),
+        ("Phantasy Star &amp; II", "Phantasy Star & II"),
+        ("Rock &amp;amp; Roll", "Rock & Roll"),
+        ("  Two\t blanks \n", "Two blanks"),
+        ('"Heroes"', "Heroes"),
+        ('"Weird Al" in 3-D', "'Weird Al' in 3-D"),
+        ("12&quot; vinyl", "12' vinyl"),
+        ("", ""),
+    ],
+)
+def test_clean_title(raw, title):
+    assert clean_title(raw) == title
+
+
+@given(st.text() | PIECES.map("".join))
+def test_cleaning_twice_is_cleaning_once_and_leaves_no_double_quote(raw):
+    title = clean_title(raw)
+    assert clean_title(title) == title
+    assert '"' not in title
+    assert title == " ".join(title.split())
+
+
+def test_untitled_items_get_stand_ins_that_follow_from_the_token_alone():
+    text = ItemText.from_raw(["", "Alien", " ", "", "Alien"], ["[PAD]", "a", "b", "c", "d"])
+    again = ItemText.from_raw(["", "", "x"], ["[PAD]", "b", "a"])
+    assert text.titles[:2] == ("", "Alien")
+    assert text.untitled == (2, 3)
+    assert text.missing == 2
+    assert text.titles[2] != text.titles[3]
+    assert again.titles[1] == text.titles[2]
+    # an LLM must not see ids
+    assert text.titles[2].split()[1] != "b"
+
+
+def test_duplicates_name_all_their_items_and_never_untitled_ones():
+    text = ItemText.from_raw(["", "Alien", "", "", "alien", "Alien"], ["[PAD]", "a", "b", "c", "d", "e"])
+    assert text.duplicates() == {"Alien": [1, 5]}
+
+
+def test_of_leaves_out_padding():
+    text = ItemText.from_raw(["", "Alien", "Heat"], ["[PAD]", "a", "b"])
+    assert text.of([2, 1, 0, 0]) == ["Heat", "Alien"]
+
+
+@pytest.mark.parametrize("built", [False, True])
+def test_titles_belong_to_their_tokens_whatever_the_order_of_the_file(ring, tmp_path, built):
+    for path in (ring, shuffled(ring, tmp_path / "other", seed=3)):
+        dataset = load(path)
+        if built:
+            dataset.build()
+        text = ItemText.from_dataset(dataset, "title")
+        assert text.titles[0] == ""
+        assert dict(zip(text.tokens[1:], text.titles[1:], strict=True)) == dict(zip(TOKENS, TITLES, strict=True))
+        assert text.missing == 0
+        assert [dataset.token2id("item_id", token) for token in text.tokens] == list(range(len(text)))
+
+
+def test_a_title_of_type_token_is_read_whole(ring):
+    file = ring / "ring" / "ring.item"
+    file.write_text(file.read_text().replace("title:token_seq", "title:token"))
+    dataset = load(ring)
+    dataset.build()
+    text = ItemText.from_dataset(dataset, "title")
+    assert sorted(text.titles[1:]) == sorted(TITLES)
+
+
+def test_items_without_title_or_row_are_counted_in_one_warning(ring, caplog):
+    file = ring / "ring" / "ring.item"
+    lines = file.read_text().splitlines()
+    lines[1] = f"{TOKENS[0]}\t"
+    file.write_text("\n".join(lines[:-1]) + "\n")
+    dataset = load(ring, filter_inter_by_user_or_item=False)
+    dataset.build()
+    with caplog.at_level(logging.WARNING):
+        text = ItemText.from_dataset(dataset, "title")
+    assert {text.tokens[item] for item in text.untitled} == {TOKENS[0], TOKENS[-1]}
+    warned = [record.getMessage() for record in caplog.records if "no text" in record.getMessage()]
+    assert len(warned) == 1
+    assert warned[0].startswith("2 of 24 items of 'ring'")
+
+
+def test_a_missing_title_column_names_the_columns_there(ring):
+    with pytest.raises(ValueError, match="no such column") as error:
+        ItemText.from_dataset(load(ring), "movie_title")
+    assert str(error.value) == (
+        "title_field=movie_title: no such column in the item file of 'ring'; columns there: item_id, title. "
+        "Set title_field (properties/dataset/ring.yaml or --title_field=…)."
+    )
+
+
+def test_a_title_column_that_is_not_loaded_says_so(ring):
+    for columns in ({"inter": ["user_id", "item_id", "timestamp"]}, RING["load_col"] | {"item": ["item_id"]}):
+        with pytest.raises(ValueError, match="not loaded. Add it to load_col: item: .item_id, title"):
+            ItemText.from_dataset(load(ring, load_col=columns), "title")
+
+
+def test_no_item_file_and_numeric_titles_are_refused(ring):
+    file = ring / "ring" / "ring.item"
+    rows = "".join(f"{token}\t{number}\n" for number, token in enumerate(TOKENS))
+    file.write_text("item_id:token\ttitle:float\n" + rows)
+    with pytest.raises(ValueError, match="of type float; a title is token_seq or token"):
+        ItemText.from_dataset(load(ring), "title")
+    file.unlink()
+    with pytest.raises(ValueError, match="has no item file"):
+        ItemText.from_dataset(load(ring), "title")
+
+
+@pytest.mark.parametrize("value", ['"Weird Al" in 3-D', '"Great', '"a" "b"'])
+def test_a_title_that_opens_a_quote_is_refused_with_its_line(ring, value):
+    file = ring / "ring" / "ring.item"
+    check_quotes(file)
+    file.write_text(file.read_text().replace(TITLES[4], value))
+    with pytest.raises(ValueError, match="begins with a double quote") as error:
+        check_quotes(file)
+    assert f"line 6, title={value}:" in str(error.value)
+    # what the message advises must load
+    advice = str(error.value).rsplit("doubled: ", 1)[1].removesuffix(".")
+    file.write_text(file.read_text().replace(value, advice))
+    check_quotes(file)
+    assert clean_title(value) in ItemText.from_dataset(load(ring), "title").titles
+
+
+@pytest.mark.parametrize("value", ['5" vinyl', '"Heroes"', '"""Weird Al"" in 3-D"', 'the "Great"'])
+def test_quotes_that_recbole_reads_well_pass(ring, value):
+    file = ring / "ring" / "ring.item"
+    file.write_text(file.read_text().replace(TITLES[4], value))
+    check_quotes(file)
+    assert len(ItemText.from_dataset(load(ring), "title")) == 25
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (PROPERTIES / "dataset").glob("*.yaml")))
+def test_every_dataset_yaml_loads_titles(name, request):
+    yaml = PROPERTIES / "dataset" / f"{name}.yaml"
+    own = {} if name == "ml-100k" else {"data_path": str(request.getfixturevalue("shared_data"))}
+    config = Config(model="Pop", dataset=name, config_file_list=[str(yaml)], config_dict=own)
+    # a few lines of the large files suffice to prove the columns
+    dataset = create_dataset(_cut(config, name))
+    text = ItemText.from_dataset(dataset, config["title_field"])
+    assert config["prompt_instruction"].endswith(".")
+    assert config["prompt_lead"].endswith(":")
+    known = {
+        "ml-100k": ("12", "The Usual Suspects"),
+        "ml-1m": ("50", "The Usual Suspects"),
+        "amazon-games": ("0", "Fire Emblem: The Sacred Stones"),
+        "amazon-beauty": ("7806397051", "wawo 15 color professionl makeup eyeshadow"),
+    }
+    token, title = known[name]
+    assert text.titles[text.tokens.index(token)] == title
+
+
+def _cut(config, name):
+    source, target = Path(config["data_path"]), Path("cut") / name
+    target.mkdir(parents=True)
+    for suffix in ("inter", "item"):
+        with open(source / f"{name}.{suffix}", encoding="utf-8") as lines:
+            (target / f"{name}.{suffix}").write_text("".join(lines.readline() for _ in range(2000)), encoding="utf-8")
+    config["data_path"] = str(target)
+    # the interactions kept may know few of the items kept
+    config["item_inter_num_interval"] = "[0,inf)"
+    return config
