@@ -161,7 +161,11 @@ def config_from_settings(settings: Mapping[str, Any], external: Mapping[str, Any
     config.model, config.dataset = final["model"], final["dataset"]
     try:
         config.model_class = get_model(config.model)
-    except (ValueError, AttributeError, ImportError):  # given as a class of the user's own; they build the model themselves
+    except (
+        ValueError,
+        AttributeError,
+        ImportError,
+    ):  # given as a class of the user's own; they build the model themselves
         config.model_class = None
     config._init_device()
     return config
@@ -206,7 +210,9 @@ def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor],
     return tensors, {"groups": state["param_groups"], "scalars": scalars}
 
 
-def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+def unpack_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], values: Mapping[str, Any]
+) -> None:
     """Undo `pack_optimizer` into an optimizer of the same kind over the same parameters."""
     state: dict[int, dict[str, Any]] = {}
     for name, value in [*tensors.items(), *values["scalars"].items()]:
@@ -259,5 +265,7 @@ def _header(path: str | Path, key: str) -> dict[str, Any]:
     with safe_open(str(path), framework="pt") as file:
         text = (file.metadata() or {}).get(key)
     if text is None:
-        raise DamagedArtifact(f"{path}: no '{key}' in its header, so it is no file of this package's trainer; delete it.")
+        raise DamagedArtifact(
+            f"{path}: no '{key}' in its header, so it is no file of this package's trainer; delete it."
+        )
     return json.loads(text)

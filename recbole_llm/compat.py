@@ -50,6 +50,7 @@ def install() -> None:
     import_quick_start_without_ray()
     set_numpy_aliases()
     remember_written_checkpoints()
+    search_exhaustively_with_a_generator()
     if PANDAS_3:
         load_datasets_as_under_pandas_2()
         fill_missing_values()
@@ -78,6 +79,18 @@ def set_numpy_aliases() -> None:
     from recbole.config import Config
 
     Config.compatibility_settings(None)
+
+
+def search_exhaustively_with_a_generator() -> None:
+    """Give RecBole's exhaustive search the kind of random numbers that hyperopt >= 0.2.7 draws from.
+
+    RecBole hands hyperopt a RandomState (`hyper_tuning.py:117`), which has no `integers`; the hyperopt 0.2.5 that RecBole
+    names does not import on setuptools >= 81. Only the name `np` of that one module is another one.
+    """
+    import recbole.trainer.hyper_tuning as module
+
+    random = SimpleNamespace(**{**vars(np.random), "RandomState": np.random.default_rng})
+    module.np = SimpleNamespace(**{**vars(np), "random": random})
 
 
 def restore_dok_update() -> None:

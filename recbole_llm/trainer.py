@@ -152,7 +152,10 @@ class SequenceTrainer(Trainer):
             return f"loss_type={self.config['loss_type']} is no cross entropy over all items"
         if self.config["train_neg_sample_args"]["distribution"] != "none":
             return "train_neg_sample_args asks for sampled negatives"
-        name, weight = type(self.network).__name__, getattr(getattr(self.network, "item_embedding", None), "weight", None)
+        name, weight = (
+            type(self.network).__name__,
+            getattr(getattr(self.network, "item_embedding", None), "weight", None),
+        )
         if weight is None or len(weight) != self.network.n_items:
             return f"{name} has no item_embedding table of one row per item"
         try:
@@ -322,7 +325,11 @@ class SequenceTrainer(Trainer):
         field = self.config["title_field"]
         loaded = field and data.item_feat is not None and field in data.item_feat
         titles = ItemText.from_dataset(data, field).titles if loaded else []
-        return {"items": [str(token) for token in data.field2id_token[data.iid_field]], "titles": titles, "n_users": data.user_num}
+        return {
+            "items": [str(token) for token in data.field2id_token[data.iid_field]],
+            "titles": titles,
+            "n_users": data.user_num,
+        }
 
     def resume_checkpoint(self, resume_file):
         """Let the next `fit` go on where the training that wrote this checkpoint was after its last evaluated epoch.

@@ -130,7 +130,7 @@ def test_the_order_of_the_files_changes_nothing(name, ring, tiny_lm, tmp_path):
         known = [ensure(run.config, *run.data[:2]) for run in (here, there)]
         assert known[0].manifest["fingerprint"] == known[1].manifest["fingerprint"]
         assert torch.equal(known[0].items, known[1].items) and torch.equal(known[0].score, known[1].score)
-        attach(known[0], there.data[0]._dataset, 10, 10)
+        attach(known[0], there.data[0]._dataset, topk=10, history=2)
         return
     here.fit(), there.fit()
     for token in ("u05", "u31"):

@@ -24,6 +24,7 @@ from recbole_llm.sequences import (
 )
 from tests.small_logs import NO_DROPOUT, random_log, stock, write_log
 
+
 @pytest.fixture(autouse=True)
 def one_thread(clean_process):
     """On tensors this small, threads only wait for each other."""
@@ -147,7 +148,9 @@ def test_batches_hold_what_the_windows_say(log, size, limit, seed):
     rows = torch.cat([batch["row_list"].flatten() for batch in batches]) if batches else torch.empty(0)
     assert sorted(rows[rows >= 0].tolist()) == log.rows().tolist()
     for batch in batches:
-        items, target, row, length = (batch[name] for name in ("item_id_list", "target_list", "row_list", "item_length"))
+        items, target, row, length = (
+            batch[name] for name in ("item_id_list", "target_list", "row_list", "item_length")
+        )
         assert items.shape == target.shape == row.shape and items.shape[1] == length.max()
         assert ((items > 0).sum(1) == length).all() and torch.equal(target > 0, row >= 0)
         assert torch.equal(target[row >= 0], log.items[row[row >= 0]])
@@ -193,7 +196,9 @@ def test_an_epochs_order_is_seeded_and_can_be_taken_up_again():
 @pytest.mark.parametrize("model", ["SASRec", "GRU4Rec"])
 def test_window_loss_is_recboles_row_loss(tmp_path, model):
     """For users with at most L + 1 items, sum over targets of the loss is the same (dropout off)."""
-    parts = stock(write_log(tmp_path, "small", random_log(longest=11)), "small", model, MAX_ITEM_LIST_LENGTH=8, **NO_DROPOUT)
+    parts = stock(
+        write_log(tmp_path, "small", random_log(longest=11)), "small", model, MAX_ITEM_LIST_LENGTH=8, **NO_DROPOUT
+    )
     dataset = parts.train._dataset
     log = Log.from_dataset(dataset)
     assert log.offsets.diff().max() == 9  # the longest user fills a window
@@ -279,15 +284,21 @@ def test_a_model_that_peeks_at_later_items_is_caught(tmp_path):
 def test_forward_is_called_on_rows_with_what_it_names(tmp_path, model):
     settings = {"residual_channels": 16, "block_num": 1} if model == "NextItNet" else {}
     parts = stock(write_log(tmp_path, "small", random_log()), "small", model, **settings)
-    batch = Interaction({name: parts.train._dataset.inter_feat[name] for name in ("user_id", "item_id_list", "item_length")})
+    batch = Interaction(
+        {name: parts.train._dataset.inter_feat[name] for name in ("user_id", "item_id_list", "item_length")}
+    )
     parts.model.eval()
     scores = parts.model(**forward_arguments(parts.model, batch)) @ parts.model.item_embedding.weight.T
     if model not in ("SINE", "HGN"):  # these score by more than a product
-        assert torch.allclose(scores.view(len(batch), -1), parts.model.full_sort_predict(batch).view(len(batch), -1), atol=1e-5)
+        assert torch.allclose(
+            scores.view(len(batch), -1), parts.model.full_sort_predict(batch).view(len(batch), -1), atol=1e-5
+        )
 
 
 def test_a_forward_that_wants_the_target_is_refused(tmp_path):
     negatives = {"distribution": "uniform", "sample_num": 1}
-    parts = stock(write_log(tmp_path, "small", random_log()), "small", "FPMC", loss_type="BPR", train_neg_sample_args=negatives)
+    parts = stock(
+        write_log(tmp_path, "small", random_log()), "small", "FPMC", loss_type="BPR", train_neg_sample_args=negatives
+    )
     with pytest.raises(ValueError, match="model=FPMC: its forward wants 'next_item'"):
         forward_arguments(parts.model, sample_rows(parts.model))

@@ -22,7 +22,12 @@ from tests.ring import RING
 from tests.small_logs import random_log, stock, write_log
 
 BPR = {"loss_type": "BPR", "train_neg_sample_args": {"distribution": "uniform", "sample_num": 1}}
-WAYS = {"windows": ("SASRec", {}), "rows": ("SASRec", {"positions": "last"}), "negatives": ("SASRec", BPR), "not causal": ("STAMP", {})}
+WAYS = {
+    "windows": ("SASRec", {}),
+    "rows": ("SASRec", {"positions": "last"}),
+    "negatives": ("SASRec", BPR),
+    "not causal": ("STAMP", {}),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -111,7 +116,12 @@ def test_on_rows_every_number_is_recboles(small):
         trainer = kind(parts.config, parts.model)
         best = trainer.fit(parts.train, parts.valid, saved=False)
         test = trainer.evaluate(parts.test, load_best_model=False)
-        results[kind] = best, dict(test), trainer.train_loss_dict, [weight.tolist() for weight in parts.model.parameters()]
+        results[kind] = (
+            best,
+            dict(test),
+            trainer.train_loss_dict,
+            [weight.tolist() for weight in parts.model.parameters()],
+        )
     assert results[Trainer] == results[SequenceTrainer]
 
 
@@ -137,7 +147,7 @@ def test_row_list_rides_along_for_those_who_want_it(small):
 
 def test_the_ring_is_learnt_on_windows(ring):
     parts = stock(
-        ring, "ring", **RING | {"load_col": {"inter": ["user_id", "item_id", "timestamp"]}}, hidden_size=32, epochs=60,
+        ring, "ring", **RING | {"load_col": {"inter": ["user_id", "item_id", "timestamp"]}}, hidden_size=32, epochs=30,
         learning_rate=0.01, eval_step=10, attn_dropout_prob=0.1, hidden_dropout_prob=0.1, positions="all", allow_keys=[],
     )  # fmt: skip
     trainer = SequenceTrainer(parts.config, parts.model)
@@ -162,7 +172,9 @@ def everything(parts, trainer, outcome):
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize(("epochs", "stopping_step", "kill"), [(4, 10, 1), (12, 0, 0)], ids=["to the end", "to the early stop"])
+@pytest.mark.parametrize(
+    ("epochs", "stopping_step", "kill"), [(4, 10, 1), (12, 0, 0)], ids=["to the end", "to the early stop"]
+)
 def test_killed_and_resumed_is_the_same_as_uninterrupted(small, way, epochs, stopping_step, kill):
     model, settings = WAYS[way]
     settings = settings | {"epochs": epochs, "stopping_step": stopping_step, "learning_rate": 0.01}
@@ -196,15 +208,13 @@ def test_a_kill_between_evaluations_repeats_from_the_last_one(small):
     parts, trainer = fresh()
     whole = everything(parts, trainer, trainer.fit(parts.train, parts.valid))
     parts, trainer = fresh()
-    calls = []
 
-    def die_in_epoch_4(batch, own=trainer.batch_loss):
-        calls.append(1)
-        if len(calls) == 4 * len(trainer.loader) + 1:
+    def die_in_epoch_5(batch, own=trainer.batch_loss):
+        if len(trainer.train_loss_dict) == 5:
             raise Killed
         return own(batch)
 
-    trainer.batch_loss = die_in_epoch_4
+    trainer.batch_loss = die_in_epoch_5
     with pytest.raises(Killed):
         trainer.fit(parts.train, parts.valid)
     file = trainer.saved_model_file
@@ -325,20 +335,20 @@ def test_two_trainers_of_one_second_do_not_share_a_file(small):
 
 
 def test_the_best_epoch_is_what_is_tested(small):
-    parts = stock(small, "small", epochs=8, learning_rate=0.03, stopping_step=10)
+    parts = stock(small, "small", epochs=4)
     trainer = SequenceTrainer(parts.config, parts.model)
-    scores, states = [], []
+    scores, states = [0.1, 0.3, 0.2, 0.1], []
+    trainer._valid_epoch = lambda data, show_progress: (scores[len(states)], {"ndcg@5": 0.0})
 
     def note(epoch, score):
-        scores.append(score)
         states.append({name: weight.clone() for name, weight in parts.model.state_dict().items()})
 
-    trainer.fit(parts.train, parts.valid, callback_fn=note)
-    best = int(np.argmax(scores))
-    assert best < len(scores) - 1  # the last epoch would not show it
-    last = trainer.evaluate(parts.valid, False)
-    assert trainer.evaluate(parts.valid)["ndcg@5"] == scores[best] != last["ndcg@5"]
-    assert all(torch.equal(weight, states[best][name]) for name, weight in parts.model.state_dict().items())
+    assert trainer.fit(parts.train, parts.valid, callback_fn=note)[0] == 0.3
+    last = trainer.evaluate(parts.test, False)
+    assert tensors_digest(parts.model.state_dict()) == tensors_digest(states[3])
+    best = trainer.evaluate(parts.test)
+    assert tensors_digest(parts.model.state_dict()) == tensors_digest(states[1])
+    assert best != last and trainer.evaluate(parts.test, True, None, False) == best
 
 
 def test_recboles_own_checkpoints_can_be_evaluated_and_resumed(small):
@@ -374,7 +384,7 @@ def test_rebuilt_settings_serve_as_a_config(small, monkeypatch):
     assert config["MODEL_INPUT_TYPE"] is InputType.POINTWISE and config["device"] == parts.config["device"]
     assert config.model_class is type(parts.model) and config["no such key"] is None
     assert config.final_config_dict == parts.config.final_config_dict
-    assert str(config) == str(parts.config)
+    assert sorted(str(config).split("\n")) == sorted(str(parts.config).split("\n"))
     train = data_preparation(config, create_dataset(config))[0]
     assert len(train) == len(parts.train)
     assert config.external_config_dict["epochs"] == 3
