@@ -66,7 +66,9 @@ def read_json(path: str | Path) -> Any:
         raise DamagedArtifact(f"{path}: not readable as JSON ({error}); delete it to have it built again.") from error
 
 
-def write_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> Path:
+def write_tensors(
+    path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+) -> Path:
     """Write named tensors as safetensors, atomically; tensors that share memory are stored each on its own."""
     stored = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
     return write_atomically(path, lambda name: save_file(stored, name, metadata=dict(metadata or {})))
@@ -84,7 +86,9 @@ def read_tensors(path: str | Path, device: str | torch.device = "cpu") -> dict[s
     try:
         return load_file(str(path), device=str(device))
     except (SafetensorError, ValueError) as error:
-        raise DamagedArtifact(f"{path}: not readable as safetensors ({error}); delete it to have it built again.") from error
+        raise DamagedArtifact(
+            f"{path}: not readable as safetensors ({error}); delete it to have it built again."
+        ) from error
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
@@ -98,7 +102,9 @@ def read_metadata(path: str | Path) -> dict[str, str]:
         with safe_open(str(path), framework="pt") as file:
             return dict(file.metadata() or {})
     except SafetensorError as error:
-        raise DamagedArtifact(f"{path}: not readable as safetensors ({error}); delete it to have it built again.") from error
+        raise DamagedArtifact(
+            f"{path}: not readable as safetensors ({error}); delete it to have it built again."
+        ) from error
 
 
 def digest(value: Any, length: int = 16) -> str:

@@ -1,8 +1,8 @@
 """What a trained model, and a training under way, look like on disk: safetensors and JSON, whole or not at all.
 
-A checkpoint is `<name>.safetensors` (the model's state) and `<name>.json` (settings as a plain dict, item tokens, score).
-The header of the first repeats the second, so a pair of which only one file was written yet is never mixed. The state of
-a training is one file beside it, `<name>.resume.safetensors`, with everything that is no tensor in its header.
+A checkpoint is `<name>.safetensors` (the model's state) and `<name>.json` (settings as a plain dict, item tokens,
+score). The header of the first repeats the second, so a pair of which only one file was written yet is never mixed. The
+state of a training is one file beside it, `<name>.resume.safetensors`, with everything that is no tensor in its header.
 """
 
 import copy
@@ -79,8 +79,8 @@ def read_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
     """Read a checkpoint in the form that RecBole's own functions expect of a loaded file.
 
     Returns:
-        `config` (a RecBole Config), `epoch`, `cur_step`, `best_valid_score`, `state_dict`, `other_parameter`; and `meta`,
-        the whole JSON.
+        `config` (a RecBole Config), `epoch`, `cur_step`, `best_valid_score`, `state_dict`, `other_parameter`; and
+        `meta`, the whole JSON.
 
     Raises:
         FileNotFoundError: There is no such checkpoint.
@@ -115,8 +115,8 @@ def other_parameter(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]
             values[name] = value
         elif not isinstance(value, nn.Module):
             raise TypeError(
-                f"model={type(model).__name__}: its '{name}' is a {type(value).__name__}, which is no tensor; checkpoints "
-                "of this package hold tensors and plain values. Train this model with RecBole's own Trainer."
+                f"model={type(model).__name__}: its '{name}' is a {type(value).__name__}, which is no tensor; "
+                "this package keeps tensors and plain values. Train this model with RecBole's own Trainer."
             )
     return tensors, values
 
@@ -161,12 +161,8 @@ def config_from_settings(settings: Mapping[str, Any], external: Mapping[str, Any
     config.model, config.dataset = final["model"], final["dataset"]
     try:
         config.model_class = get_model(config.model)
-    except (
-        ValueError,
-        AttributeError,
-        ImportError,
-    ):  # given as a class of the user's own; they build the model themselves
-        config.model_class = None
+    except (ValueError, AttributeError, ImportError):
+        config.model_class = None  # given as a class of the user's own; they build the model themselves
     config._init_device()
     return config
 

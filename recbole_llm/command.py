@@ -2,10 +2,13 @@
 
 import argparse
 import sys
+import traceback
 
 from recbole_llm.model import PROPERTIES, model_files
 
-EPILOG = "Every other --key=value is a setting of RecBole or of ours; --help --model=<model> lists ours with their meaning."
+EPILOG = (
+    "Every other --key=value is a setting of RecBole or of ours; --help --model=<model> lists ours with their meaning."
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,9 +36,17 @@ def main(argv: list[str] | None = None) -> int:
         files = names.config_files.split() or None
         run_recbole_llm(names.model, names.dataset, files, estimate=names.estimate, read_argv=True)
     except ValueError as error:
+        if not said_by_us(error):
+            raise
         print(f"\n{error}", file=sys.stderr)
         return 2
     return 0
+
+
+def said_by_us(error: ValueError) -> bool:
+    """Whether a fault was raised, and so worded, in this package; any other one keeps its traceback."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    return frames[-1][0].f_globals.get("__name__", "").startswith("recbole_llm.")
 
 
 def known_models() -> str:

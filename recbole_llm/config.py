@@ -93,11 +93,15 @@ def read_yaml(path: Path, loader=yaml.SafeLoader) -> dict[str, Any]:
     """Settings of one yaml file; {} if there is no such file."""
     if not path.is_file():
         return {}
-    return yaml.load(path.read_text(encoding="utf-8"), Loader=loader) or {}  # noqa: S506 - RecBole's loader or the safe one
+    return yaml.load(path.read_text(encoding="utf-8"), Loader=loader) or {}
 
 
 def load_layers(
-    config: RecBoleConfig, model: str, model_class: type, dataset: str, host: Callable[[RecBoleConfig, str, type, str], None]
+    config: RecBoleConfig,
+    model: str,
+    model_class: type,
+    dataset: str,
+    host: Callable[[RecBoleConfig, str, type, str], None],
 ) -> None:
     """Fill `config.internal_config_dict` with RecBole's layers and then ours, and refuse what no layer knows.
 
@@ -116,7 +120,9 @@ def load_layers(
     if "student" in ours:
         student = config.external_config_dict.get("student", ours["student"])
         if student not in (known := sequential_models()):
-            faults.append(f"student={student}: no such sequential model{guess(student, known)} Set student to one of RecBole's sequential models; --help lists them.")
+            faults.append(
+                f"student={student}: no such sequential model{guess(student, known)} Set student to one of RecBole's sequential models; --help lists them."
+            )
             student = ours["student"]
         elif fault := unsuited(student):
             faults.append(fault)
@@ -130,7 +136,10 @@ def load_layers(
     known = {*layers, *general_arguments, *training_arguments, *evaluation_arguments, *dataset_arguments, *UNDECLARED}
     of_dataset = read_yaml(PROPERTIES / "dataset" / f"{dataset}.yaml", config.yaml_loader)
     layers.update({key: value for key, value in of_dataset.items() if key in known})
-    if config.external_config_dict.get("loss_type", layers.get("loss_type")) == "CE" and "train_neg_sample_args" not in config.external_config_dict:
+    if (
+        config.external_config_dict.get("loss_type", layers.get("loss_type")) == "CE"
+        and "train_neg_sample_args" not in config.external_config_dict
+    ):
         layers["train_neg_sample_args"] = None  # RecBole's sequential models with full softmax refuse negatives
     faults += unknown_settings(config, known, ours, dataset, model)
     faults += missing_files(config, dataset)
@@ -138,7 +147,9 @@ def load_layers(
         raise ValueError("\n".join(faults))
 
 
-def unknown_settings(config: RecBoleConfig, known: set[str], ours: Mapping[str, Any], dataset: str, model: str) -> list[str]:
+def unknown_settings(
+    config: RecBoleConfig, known: set[str], ours: Mapping[str, Any], dataset: str, model: str
+) -> list[str]:
     """Faults for keys that no layer declares, with a guess at what was meant.
 
     A key of the command line of somebody's own script is only a fault if it resembles a setting: the script may have flags
@@ -256,7 +267,9 @@ def choice(config: RecBoleConfig, key: str, allowed: Iterable[str]) -> str:
     """
     value, allowed = config[key], list(allowed)
     if value not in allowed:
-        raise ValueError(f"{key}={value}: no such choice{guess(value, allowed)} There is {', '.join(map(str, allowed))}. Set {key}.")
+        raise ValueError(
+            f"{key}={value}: no such choice{guess(value, allowed)} There is {', '.join(map(str, allowed))}. Set {key}."
+        )
     return value
 
 
@@ -296,10 +309,16 @@ def check_topk(config: RecBoleConfig, n_items: int) -> None:
         if value is None or (most := max(value) if isinstance(value, list | tuple) else value) <= largest:
             continue
         if key in given:
-            raise ValueError(f"{key}={value}: more than the catalogue holds; there are {largest} items. Set {key} to {largest} or less.")
-        config[key] = sorted({min(k, largest) for k in value}) if isinstance(value, list | tuple) else min(most, largest)
+            raise ValueError(
+                f"{key}={value}: more than the catalogue holds; there are {largest} items. Set {key} to {largest} or less."
+            )
+        config[key] = (
+            sorted({min(k, largest) for k in value}) if isinstance(value, list | tuple) else min(most, largest)
+        )
     metric, _, cut = str(config["valid_metric"]).partition("@")
     if cut and int(cut) not in config["topk"] and config["MODEL_TYPE"] == ModelType.SEQUENTIAL:
         if "valid_metric" in given:
-            raise ValueError(f"valid_metric={config['valid_metric']}: not among topk={config['topk']}. Set topk or valid_metric.")
+            raise ValueError(
+                f"valid_metric={config['valid_metric']}: not among topk={config['topk']}. Set topk or valid_metric."
+            )
         config["valid_metric"] = f"{metric}@{min(config['topk'], key=lambda k: abs(k - int(cut)))}"

@@ -34,7 +34,7 @@ from recbole_llm.checkpoint import random_state, set_random_state
 from recbole_llm.config import role_config
 from recbole_llm.item_text import ItemText
 from recbole_llm.sequences import Log
-from recbole_llm.teacher import Teacher, data_digest, identity, item_table, rank, ready, sample_of_rows, teacher_folder
+from recbole_llm.teacher import Teacher, data_digest, identity, item_table, rank, ready, teacher_folder
 
 FORMAT = 1
 
@@ -153,7 +153,9 @@ class Knowledge:
         return cls(**columns, item_embedding=vectors["item_embedding"], manifest=manifest, folder=folder)
 
     @classmethod
-    def build(cls, teacher: Any, dataset: Any, rows: Tensor, k: int, folder: str | Path, options: dict[str, Any]) -> "Knowledge":
+    def build(
+        cls, teacher: Any, dataset: Any, rows: Tensor, k: int, folder: str | Path, options: dict[str, Any]
+    ) -> "Knowledge":
         """Let a teacher label training rows, shard by shard; shards that are whole already are kept.
 
         The plan of the shards is a function of the rows alone, so a run that was killed goes on at its first missing shard.
@@ -170,7 +172,11 @@ class Knowledge:
         names = Names.of(dataset, log)
         began = perf_counter()
         k = min(k, len(names.items))
-        trained = teacher.trained_on(len(log.rows())) if isinstance(teacher, Teacher) else torch.ones(len(log.rows()), dtype=torch.bool)
+        trained = (
+            teacher.trained_on(len(log.rows()))
+            if isinstance(teacher, Teacher)
+            else torch.ones(len(log.rows()), dtype=torch.bool)
+        )
         plan = _plan(teacher, log, rows, options["shard_rows"])
         parts: dict[str, str] = {}
         bar = tqdm(total=len(rows), desc="Label rows", ncols=100, unit="row", disable=not options["progress"])
@@ -357,7 +363,9 @@ class Request:
             "seed": config["teacher_seed"],
             "format": FORMAT,
         }
-        folder = Path(config["checkpoint_dir"]) / "knowledge" / f"{config['teacher']}-{config['dataset']}-{digest(keys)}"
+        folder = (
+            Path(config["checkpoint_dir"]) / "knowledge" / f"{config['teacher']}-{config['dataset']}-{digest(keys)}"
+        )
         return cls(teacher, data, folder, config["teacher_checkpoint"])
 
     @property
@@ -475,7 +483,9 @@ def item_vectors(config: Any, train_data: Any, valid_data: Any) -> Tensor:
     titles = [text.titles[item] for item in names.internal.tolist()]
     key = digest({"encoder": config["teacher_embedding"], "titles": titles, "format": FORMAT})
     file = Path(config["checkpoint_dir"]) / "item_vectors" / f"{config['dataset']}-{key}.safetensors"
-    vectors = cached_tensor(file, lambda: encode(config["teacher_embedding"], titles, config["device"], config["show_progress"]))
+    vectors = cached_tensor(
+        file, lambda: encode(config["teacher_embedding"], titles, config["device"], config["show_progress"])
+    )
     return vectors[names.number]
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from recbole_llm import knowledge, teacher
+from recbole_llm.model.dllm2rec import Distillation
 
 # Share of a plain matrix product's speed that each kind of work reaches, measured on two CPU cores with SmolLM2-135M and SASRec.
 TRAIN_LLM, WRITE_LLM, READ_LLM, TRAIN_STUDENT = 0.35, 0.20, 0.45, 0.25
@@ -45,7 +46,7 @@ def steps(config: Any, data: tuple) -> list[Step]:
     plan = []
     if config["teacher_knowledge"]:
         plan.append(Step(f"Take the Knowledge from {config['teacher_knowledge']}", None))
-    else:
+    elif Distillation.from_config(config).asks_teacher(config):
         plan += teaching(config, train_data, len(test_data._dataset), rate)
     for name in (f"{config['student']} alone", f"{config['student']} distilled"):
         plan.append(training(config, name, targets, train_data._dataset.item_num, rate))
@@ -117,7 +118,10 @@ def multiplications_per_second(width: int = 512, repeats: int = 12) -> float:
 def text(plan: list[Step]) -> str:
     """The plan as it is printed."""
     total = sum(step.seconds or 0 for step in plan)
-    lines = [f"  {step.what}: {'already there' if step.seconds is None else 'about ' + spoken(step.seconds)}" for step in plan]
+    lines = [
+        f"  {step.what}: {'already there' if step.seconds is None else 'about ' + spoken(step.seconds)}"
+        for step in plan
+    ]
     return "\n".join(["This run is going to:", *lines, f"  In all about {spoken(total)}."])
 
 
@@ -130,4 +134,3 @@ def spoken(seconds: float) -> str:
 
 def _some(count: int, there: int) -> int:
     return min(count, there) if count else there
-

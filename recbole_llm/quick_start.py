@@ -18,6 +18,7 @@ from recbole_llm.artifacts import DamagedArtifact, digest
 from recbole_llm.checkpoint import settings_of
 from recbole_llm.config import Config, check_topk
 from recbole_llm.item_text import check_quotes
+from recbole_llm.model.dllm2rec import Distillation
 from recbole_llm.trainer import trainer_class
 
 # Settings that change what is printed or where it runs, but not what comes out.
@@ -92,7 +93,7 @@ def load_data(config: Config) -> tuple:
 def distillation(config: Config, data: tuple) -> list[report.Line]:
     """Teacher, Knowledge, the student alone, the distilled student: the lines of DLLM2Rec's table."""
     lines = []
-    if not config["teacher_knowledge"]:
+    if Distillation.from_config(config).asks_teacher(config) and not config["teacher_knowledge"]:
         known = knowledge.ensure(config, data[0], data[1])
         lines.append(teacher_line(config, data, known))
     lines.append(single(alone(config), data, f"{config['student']} alone"))
@@ -119,8 +120,6 @@ def teacher_line(config: Config, data: tuple, known: knowledge.Knowledge) -> rep
 
 def alone(config: Config) -> Config:
     """The Config of the same student without a teacher, with the same base loss, windows and epochs."""
-    from recbole_llm.model.dllm2rec import Distillation  # a model's file is only loaded for its own runs
-
     chosen = Distillation.from_config(config)
     own = ("teacher", "distill_", "model", "dataset")
     settings = {key: value for key, value in config.external_config_dict.items() if not key.startswith(own)}
@@ -154,8 +153,12 @@ def single(config: Config, data: tuple, name: str) -> report.Line:
 def evaluated(trainer: Any, test_data: Any, name: str, load_best_model: bool) -> report.Line:
     """Test metrics of a trainer's model as a line."""
     began = perf_counter()
-    metrics = trainer.evaluate(test_data, load_best_model=load_best_model, show_progress=trainer.config["show_progress"])
-    line = report.Line(name, {key: float(value) for key, value in metrics.items()}, trainer.ranks, trainer.evaluated_rows)
+    metrics = trainer.evaluate(
+        test_data, load_best_model=load_best_model, show_progress=trainer.config["show_progress"]
+    )
+    line = report.Line(
+        name, {key: float(value) for key, value in metrics.items()}, trainer.ranks, trainer.evaluated_rows
+    )
     line.seconds["test"] = perf_counter() - began
     if hasattr(trainer, "legality"):
         line.notes |= {"legality": trainer.legality, "weights": trainer.model.provenance()}

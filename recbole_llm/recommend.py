@@ -57,7 +57,11 @@ class Recommender:
 
     @torch.no_grad()
     def recommend(
-        self, history_tokens: Sequence[str] | Sequence[Sequence[str]], k: int = 10, exclude_seen: bool = False, skip_unknown: bool = False
+        self,
+        history_tokens: Sequence[str] | Sequence[Sequence[str]],
+        k: int = 10,
+        exclude_seen: bool = False,
+        skip_unknown: bool = False,
     ) -> list[Recommendation] | list[list[Recommendation]]:
         """The k best next items of a history, or of each history of a batch, best first.
 
@@ -78,14 +82,20 @@ class Recommender:
         if not 0 < k < len(self.tokens):
             raise ValueError(f"k={k}: there are {len(self.tokens) - 1} items. Ask for 1 to {len(self.tokens) - 1}.")
         items = [self._known(history, skip_unknown) for history in histories]
-        scores = self.model.full_sort_predict(self._batch(items)).view(len(items), -1)[:, : len(self.tokens)].float().clone()
+        scores = (
+            self.model.full_sort_predict(self._batch(items)).view(len(items), -1)[:, : len(self.tokens)].float().clone()
+        )
         scores[:, 0] = float("-inf")
         if exclude_seen:
             for row, seen in enumerate(items):
                 scores[row, seen] = float("-inf")
         best = scores.topk(k, dim=1)
         answers = [
-            [Recommendation(self.tokens[item], self.titles[item], score) for item, score in zip(*row, strict=True) if score > float("-inf")]
+            [
+                Recommendation(self.tokens[item], self.titles[item], score)
+                for item, score in zip(*row, strict=True)
+                if score > float("-inf")
+            ]
             for row in zip(best.indices.tolist(), best.values.tolist(), strict=True)
         ]
         return answers[0] if single else answers

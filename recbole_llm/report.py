@@ -95,13 +95,14 @@ def paired_gain(ours: np.ndarray, theirs: np.ndarray, draws: int = 2000, seed: i
 def main_table(lines: Sequence[Line], metrics: Sequence[str], topk: Sequence[int]) -> str:
     """One line per model: rows, every metric at every cut-off, seconds, and where the line is from."""
     names = [f"{metric.lower()}@{k}" for k in topk for metric in metrics]
-    head = ["model", "test rows", *names, "train s", "test s", "from"]
+    head = ["model", "test rows", *names, "train s", "label s", "test s", "from"]
     body = [
         [
             line.name,
             str(len(line.ranks)),
             *[_number(line.metrics.get(name)) for name in names],
             _seconds(line.seconds.get("train")),
+            _seconds(line.seconds.get("label")),
             _seconds(line.seconds.get("test")),
             "cache" if line.cached else "this run",
         ]
@@ -158,14 +159,19 @@ def summary(lines: Sequence[Line], metrics: Sequence[str], topk: Sequence[int], 
     """All that is printed at the end of a run."""
     parts = [main_table(lines, metrics, topk)]
     if len(lines) > 1:
-        parts += ["The same test rows for all lines, each with half of its 95 % interval:", common_rows_table(lines, metrics, topk)]
+        parts += [
+            "The same test rows for all lines, each with half of its 95 % interval:",
+            common_rows_table(lines, metrics, topk),
+        ]
         metric, _, k = valid_metric.partition("@")
         # other metrics of RecBole do not follow from one rank per row
         if metric.lower() in SINGLE_TARGET and lines[-1].rows == lines[-2].rows:
             parts.append(gain_sentence(lines[-1], lines[-2], metric, int(k)))
     for line in lines:
         parts += legality_sentences(line)
-    parts.append("Protocol: RecBole's split and full ranking, items of the history kept, epoch selected on validation rows.")
+    parts.append(
+        "Protocol: RecBole's split and full ranking, items of the history kept, epoch selected on validation rows."
+    )
     return "\n".join(parts)
 
 

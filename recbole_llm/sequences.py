@@ -113,7 +113,7 @@ def row_positions(dataset) -> Tensor:
 
 
 def _by_user_token(dataset) -> tuple[Tensor, Tensor, Tensor]:
-    """A split's users `[U]` by token, and its rows brought into that order: the user's index `[M]`, the row's number `[M]`."""
+    """A split's users `[U]` by token, and its rows in that order: each row's user as an index, and its number `[M]`."""
     user = dataset.inter_feat[dataset.uid_field].long()
     if len(user) == 0:
         raise ValueError(
@@ -381,7 +381,7 @@ def sample_rows(model, rows: int = 4, longest: int = 50) -> Interaction:
 
 @contextmanager
 def undisturbed(model) -> Iterator[None]:
-    """While this lasts, a model is in evaluation mode; its mode and every random number generator come back after it."""
+    """While this lasts, a model is in evaluation mode; its mode and all random number generators come back after it."""
     was_training, python, legacy = model.training, random.getstate(), np.random.get_state()
     devices = [model.device] if torch.device(model.device).type == "cuda" else []
     try:

@@ -17,12 +17,13 @@ from recbole_llm.artifacts import DamagedArtifact, digest, file_digest, read_jso
 from recbole_llm.config import read_yaml, recbole_yaml
 from recbole_llm.item_text import ItemText
 from recbole_llm.model import PROPERTIES
+from recbole_llm.prompts import PREAMBLE, Words, answer, prompt
 from recbole_llm.sequences import Log
 from recbole_llm.trainer import read_checkpoint, trainer_class
 
 # Settings that change how much is looked at, but neither the trained teacher nor its labels.
 NOT_IDENTITY = {
-    "teacher_eval_rows", "eval_batch_size", "eval_step", "loss_decimal_place", "prompt_digest", "generate_tokens_per_batch",
+    "teacher_eval_rows", "eval_batch_size", "eval_step", "loss_decimal_place", "generate_tokens_per_batch",
 }  # fmt: skip
 LABELLING = ("generate_", "ground_")  # settings that change the labels, but not the training
 
@@ -88,7 +89,13 @@ def identity(config: Any, labelling: bool) -> dict[str, Any]:
         keys.add("MAX_ITEM_LIST_LENGTH")
     if not labelling:
         keys = {key for key in keys if not key.startswith(LABELLING)}
-    return {"model": name, **{key: config[key] for key in sorted(keys)}}
+    settings = {"model": name, **{key: config[key] for key in sorted(keys)}}
+    if config["prompt_lead"]:  # the template itself stands in code
+        words = Words(config["prompt_instruction"], config["prompt_lead"], config["prompt_preamble"] or PREAMBLE)
+        settings["prompt"] = [prompt(words, ["first", "second"]), answer("third")]
+    if config["llm"] and Path(config["llm"]).is_dir():  # a folder's content can change under its name
+        settings["llm_files"] = {path.name: path.stat().st_size for path in Path(config["llm"]).iterdir()}
+    return settings
 
 
 def data_digest(log: Log, dataset: Any, title_field: str | None) -> str:
@@ -129,7 +136,9 @@ def ready(config: Any, train_data: Any, valid_data: Any, checkpoint: str | None 
     model = get_model(config["model"])(config, dataset).to(config["device"])
     if checkpoint:
         if not Path(checkpoint).is_file():
-            raise ValueError(f"teacher_checkpoint={checkpoint}: no such file. Set teacher_checkpoint to a .safetensors file of ours.")
+            raise ValueError(
+                f"teacher_checkpoint={checkpoint}: no such file. Set teacher_checkpoint to a .safetensors file of ours."
+            )
         return _loaded(model, checkpoint)
     folder = teacher_folder(config, data_digest(Log.from_dataset(dataset), dataset, config["title_field"]))
     file = folder / "model.safetensors"

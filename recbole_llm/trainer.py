@@ -1,7 +1,7 @@
 """RecBole's Trainer for sequential models: a loss at every position where the model allows it, and exact resume.
 
-Differs from RecBole's Trainer in what is read from and written to disk (safetensors and JSON, never pickle) and in where
-the training batches come from; the loops of training and evaluation are RecBole's.
+Differs from RecBole's Trainer in what is read from and written to disk (safetensors and JSON, never pickle) and in
+where the training batches come from; the loops of training and evaluation are RecBole's.
 """
 
 import shutil
@@ -41,7 +41,7 @@ DEFAULT_OVERLAP = 10
 
 
 class KeepsRanks(Evaluator):
-    """RecBole's Evaluator that also keeps at which rank each row's target was found, for intervals and paired comparisons."""
+    """RecBole's Evaluator that also keeps the rank of each row's target, for intervals and paired comparisons."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -56,7 +56,7 @@ class KeepsRanks(Evaluator):
 
 
 def trainer_class(config) -> type[Trainer]:
-    """The trainer of a Config's model: its own if it has one, else SequenceTrainer where RecBole would take its basic one."""
+    """The trainer of a Config's model: its own, else SequenceTrainer where RecBole would take its basic one."""
     own = get_trainer(config["MODEL_TYPE"], config["model"])
     return SequenceTrainer if own is Trainer and config["MODEL_TYPE"] == ModelType.SEQUENTIAL else own
 
@@ -65,8 +65,8 @@ class SequenceTrainer(Trainer):
     """Trains any RecBole sequential model, on windows of the log if it is causal, else on RecBole's rows.
 
     Under `positions: all` a model reads a stretch of a user's sequence once and every position predicts the next item;
-    under `last` it gets RecBole's rows and its own loss, number for number as under RecBole's Trainer; `auto` takes `all`
-    where a check shows that both would train the same loss.
+    under `last` it gets RecBole's rows and its own loss, number for number as under RecBole's Trainer; `auto` takes
+    `all` where a check shows that both would train the same loss.
 
     Relations:
         Like RecBole's Trainer, but saves `<model>-<dataset>-<time>.safetensors` and `.json`, and `resume_checkpoint`
@@ -152,10 +152,8 @@ class SequenceTrainer(Trainer):
             return f"loss_type={self.config['loss_type']} is no cross entropy over all items"
         if self.config["train_neg_sample_args"]["distribution"] != "none":
             return "train_neg_sample_args asks for sampled negatives"
-        name, weight = (
-            type(self.network).__name__,
-            getattr(getattr(self.network, "item_embedding", None), "weight", None),
-        )
+        name, table = type(self.network).__name__, getattr(self.network, "item_embedding", None)
+        weight = getattr(table, "weight", None)
         if weight is None or len(weight) != self.network.n_items:
             return f"{name} has no item_embedding table of one row per item"
         try:
@@ -187,15 +185,16 @@ class SequenceTrainer(Trainer):
         asked = self.config["positions"] or "auto"
         if asked not in POSITIONS:
             raise ValueError(
-                f"positions={asked}: no such choice; there is {', '.join(POSITIONS)}. Set positions in a config file or on the "
-                "command line."
+                f"positions={asked}: no such choice; there is {', '.join(POSITIONS)}. "
+                "Set positions in a config file or on the command line."
             )
         self.dataset, self._rows_loader = train_data._dataset, train_data
+        self.__dict__.pop("_catalogue", None)  # a checkpoint written before `fit` knew no items
         log, why = (None, "positions=last was asked for") if asked == "last" else self._log_or_fault()
         if asked == "all" and log is None:
             raise ValueError(
-                f"positions=all: {why}; there is positions=last, on one row per target. Set positions to auto or last in a "
-                "config file or on the command line."
+                f"positions=all: {why}; there is positions=last, on one row per target. "
+                "Set positions to auto or last in a config file or on the command line."
             )
         self.all_positions = log is not None
         if log is None:
@@ -215,7 +214,8 @@ class SequenceTrainer(Trainer):
                 self.config["shuffle"] is not False,
                 self.dataset,
             )
-            how = f"all positions of {len(cut.start)} windows of up to {length} items (overlap {overlap}), {len(log.rows())} targets"
+            size = f"{len(cut.start)} windows of up to {length} items (overlap {overlap}), {len(log.rows())} targets"
+            how = f"all positions of {size}"
         self.logger.info(f"Training on the {how}: {why}. CPU threads: {torch.get_num_threads()}.")
 
     def _log_or_fault(self) -> tuple[Log | None, str]:
@@ -318,7 +318,7 @@ class SequenceTrainer(Trainer):
 
     @cached_property
     def _catalogue(self) -> dict[str, Any]:
-        """What `recommend` needs to answer without data: item tokens and titles by internal id, and the number of users."""
+        """What `recommend` needs to answer without data: item tokens and titles by internal id, number of users."""
         data = self.dataset
         if data is None:  # nothing was trained, so no data have been seen
             return {"items": []}

@@ -35,7 +35,12 @@ def ring_settings(data_path, model: str, tiny_lm=None, **more) -> dict:
         small |= {"generate_max_new_tokens": 16, **prompts}
     elif tiny_lm is not None:
         small |= {"teacher_llm": str(tiny_lm), "teacher_train_rows": 16, "teacher_valid_rows": 4, "teacher_rows": 24}
-        small |= {"teacher_eval_rows": 8, "teacher_shard_rows": 8, "teacher_history": 2, "teacher_generate_max_new_tokens": 16}
+        small |= {
+            "teacher_eval_rows": 8,
+            "teacher_shard_rows": 8,
+            "teacher_history": 2,
+            "teacher_generate_max_new_tokens": 16,
+        }
     student = more.get("student", "SASRec") if model == "DLLM2Rec" else model
     transformer = {"n_layers", "n_heads", "inner_size", "hidden_size"}
     foreign = {"SASRec": {"embedding_size"}, "LightSANs": {"embedding_size"}}.get(student, transformer)

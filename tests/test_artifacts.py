@@ -31,7 +31,11 @@ from recbole_llm.artifacts import (
 )
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**40), 2**40) | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=6),
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**40), 2**40)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=6),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=4),
     max_leaves=12,
 )
@@ -146,7 +150,9 @@ def test_tensors_digest_is_of_names_types_shapes_and_bytes_but_not_of_order():
         {"x": y, "y": x},
     ]
     assert len({same, *map(tensors_digest, others)}) == 1 + len(others)
-    assert tensors_digest({"x": torch.tensor(1.0)}) and tensors_digest({"x": x.view(2, 3).T}) != tensors_digest({"x": x.view(3, 2)})
+    assert tensors_digest({"x": torch.tensor(1.0)}) and tensors_digest({"x": x.view(2, 3).T}) != tensors_digest(
+        {"x": x.view(3, 2)}
+    )
 
 
 def test_file_digest_is_of_the_bytes(tmp_path):

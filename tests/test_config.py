@@ -83,7 +83,9 @@ def test_the_student_brings_its_own_recbole_yaml(base):
 
 def test_our_layers_change_recboles_defaults_for_every_model_under_our_config(base):
     ours = make(base, "SASRec", train_neg_sample_args=None)
-    assert ours["metrics"] == ["Recall", "NDCG", "MRR"] and ours["topk"] == [10, 20] and ours["metric_decimal_place"] == 8
+    assert (
+        ours["metrics"] == ["Recall", "NDCG", "MRR"] and ours["topk"] == [10, 20] and ours["metric_decimal_place"] == 8
+    )
     theirs = make(base, "SASRec", kind=RecBoleConfig, train_neg_sample_args=None)
     assert theirs["topk"] == [10] and theirs["metric_decimal_place"] == 4 and theirs["positions"] is None
 
@@ -105,7 +107,9 @@ def test_a_loss_with_negatives_keeps_recboles(base):
     assert chosen == make(base, "SASRec", kind=RecBoleConfig, loss_type="BPR")["train_neg_sample_args"]
     assert chosen["distribution"] == "uniform"
     asked = {"distribution": "popularity", "sample_num": 2}
-    assert make(base, "SASRec", loss_type="BPR", train_neg_sample_args=asked)["train_neg_sample_args"]["sample_num"] == 2
+    assert (
+        make(base, "SASRec", loss_type="BPR", train_neg_sample_args=asked)["train_neg_sample_args"]["sample_num"] == 2
+    )
 
 
 def test_a_bare_off_of_a_yaml_file_is_the_mode_off(base, tmp_path):
@@ -145,12 +149,17 @@ def test_unknown_keys_of_every_source_are_refused(base, tmp_path, monkeypatch, k
 
 def test_the_command_line_form_of_the_specification(base, monkeypatch):
     command_line(monkeypatch, "--distil_weight=0.5", "--lerning_rate=1")
-    with pytest.raises(ValueError, match="2 settings that DLLM2Rec on ring does not have:\n  distil_weight=0.5 .did you mean 'distill_weight'"):
+    with pytest.raises(
+        ValueError,
+        match="2 settings that DLLM2Rec on ring does not have:\n  distil_weight=0.5 .did you mean 'distill_weight'",
+    ):
         make(base, argv=True)
 
 
 def test_every_fault_is_in_one_message(base, tmp_path):
-    message = faults(base, student="SASrec", distil_weight=1, teacher_lerning_rate=1, data_path=str(tmp_path / "nowhere"))
+    message = faults(
+        base, student="SASrec", distil_weight=1, teacher_lerning_rate=1, data_path=str(tmp_path / "nowhere")
+    )
     assert "student=SASrec: no such sequential model; did you mean 'SASRec'?" in message
     assert "2 settings that" in message and "'distill_weight'" in message and "'teacher_learning_rate'" in message
     assert "dataset=ring: no ring.inter in" in message
@@ -224,7 +233,14 @@ def test_unknown_dataset_says_which_files_to_put_where(base, ring):
         Config("DLLM2Rec", "rang", None, base, read_argv=False)
     message = str(refused.value)
     assert message.startswith(f"dataset=rang: no rang.inter in {ring}/rang/; data sets there: ring.")
-    for part in (f"{ring}/rang/rang.inter", f"{ring}/rang/rang.item", "user_id:token", "item_id:token", "timestamp:float", "data_path"):
+    for part in (
+        f"{ring}/rang/rang.inter",
+        f"{ring}/rang/rang.item",
+        "user_id:token",
+        "item_id:token",
+        "timestamp:float",
+        "data_path",
+    ):
         assert part in message
 
 
@@ -246,7 +262,9 @@ def test_a_config_file_that_is_not_there(base):
 
 def test_choice_and_guess():
     assert choice({"a": "x"}, "a", ("x", "y")) == "x"
-    with pytest.raises(ValueError, match="^a=softmx: no such choice; did you mean 'softmax'. There is softmax, bce. Set a.$"):
+    with pytest.raises(
+        ValueError, match="^a=softmx: no such choice; did you mean 'softmax'. There is softmax, bce. Set a.$"
+    ):
         choice({"a": "softmx"}, "a", ("softmax", "bce"))
     assert guess("sasrec", ["SASRec"]) == "; did you mean 'SASRec'?" and guess("zz", ["SASRec"]) == "."
 
@@ -288,13 +306,27 @@ def test_prefixed_settings_reach_the_teacher_under_its_own_names(base):
 
 
 def test_a_teacher_inherits_data_and_protocol_but_no_training(base):
-    training = {"learning_rate": 0.3, "epochs": 77, "train_batch_size": 9, "stopping_step": 66, "weight_decay": 0.1, "seed": 5}
-    config = make(base, topk=[3], valid_metric="MRR@3", title_field="title", MAX_ITEM_LIST_LENGTH=17, threads=1, **training)
+    training = {
+        "learning_rate": 0.3,
+        "epochs": 77,
+        "train_batch_size": 9,
+        "stopping_step": 66,
+        "weight_decay": 0.1,
+        "seed": 5,
+    }
+    config = make(
+        base, topk=[3], valid_metric="MRR@3", title_field="title", MAX_ITEM_LIST_LENGTH=17, threads=1, **training
+    )
     teacher, fresh = role_config(config, "teacher"), Config("BIGRec", "ring", None, base, read_argv=False)
     for key in set(training) - {"seed"}:
         assert teacher[key] == fresh[key] != training[key], key
     assert teacher["seed"] == 2024
-    assert (teacher["topk"], teacher["valid_metric"], teacher["title_field"], teacher["threads"]) == ([3], "MRR@3", "title", 1)
+    assert (teacher["topk"], teacher["valid_metric"], teacher["title_field"], teacher["threads"]) == (
+        [3],
+        "MRR@3",
+        "title",
+        1,
+    )
     assert teacher["data_path"] == config["data_path"]
 
 
@@ -308,7 +340,9 @@ def test_a_second_config_never_reads_the_command_line(base, monkeypatch):
 
 
 def test_a_recbole_model_as_teacher_takes_its_own_yaml(base):
-    teacher = role_config(make(base, teacher="GRU4Rec", teacher_hidden_size=48, teacher_eval_batch_size=32, n_heads=1), "teacher")
+    teacher = role_config(
+        make(base, teacher="GRU4Rec", teacher_hidden_size=48, teacher_eval_batch_size=32, n_heads=1), "teacher"
+    )
     assert teacher["model"] == "GRU4Rec" and teacher["hidden_size"] == 48 and teacher["num_layers"] == 1
     assert teacher["eval_batch_size"] == 32
 
@@ -340,7 +374,10 @@ def test_settings_of_one_teacher_are_not_those_of_another(base):
 def test_cutoffs_beyond_the_catalogue_are_refused_if_the_user_set_them(base):
     for settings in ({"topk": [5, 30]}, {"distill_topk": 30}):
         key = next(iter(settings))
-        with pytest.raises(ValueError, match=rf"^{key}=.*: more than the catalogue holds; there are 24 items. Set {key} to 24 or less.$"):
+        with pytest.raises(
+            ValueError,
+            match=rf"^{key}=.*: more than the catalogue holds; there are 24 items. Set {key} to 24 or less.$",
+        ):
             check_topk(make(base, **settings), 25)
     config = make(base, topk=[5, 24], valid_metric="NDCG@5", distill_topk=24)
     check_topk(config, 25)
@@ -377,7 +414,9 @@ def test_every_key_says_its_type_and_what_it_is(path):
     lines = [line for line in path.read_text(encoding="utf-8").splitlines() if re.match(r"[\w\"]+:", line)]
     assert len(lines) == len(yaml.safe_load(path.read_text(encoding="utf-8")))
     for line in lines:
-        assert re.search(r"# \((str|int|float|bool|list|dict)\) [A-Z1-9].*\.( |$)|# \((str|int|float|bool|list|dict)\) \S.*\.", line), line
+        assert re.search(
+            r"# \((str|int|float|bool|list|dict)\) [A-Z1-9].*\.( |$)|# \((str|int|float|bool|list|dict)\) \S.*\.", line
+        ), line
 
 
 @pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.stem)
@@ -396,13 +435,16 @@ def test_every_declared_key_is_read_somewhere():
     folder = Path(recbole.__file__).parent
     host = "\n".join(path.read_text(encoding="utf-8") for path in folder.rglob("*.py"))
     host_keys = {*general_arguments, *training_arguments, *evaluation_arguments, *dataset_arguments}
-    read_by_name = {f"distill_{name}" for name in Distillation.__dataclass_fields__} | {f"teacher_{name}" for name in ("seed", "config")}
+    read_by_name = {f"distill_{name}" for name in Distillation.__dataclass_fields__} | {
+        f"teacher_{name}" for name in ("seed", "config")
+    }
     declared = {key for path in YAMLS for key in yaml.safe_load(path.read_text(encoding="utf-8"))}
     assert "teacher_trained_rows" in declared and "student" in declared
     unread = {
         key
         for key in declared - read_by_name - host_keys
-        if not re.search(rf"\[\"{key}\"\]|choice\(config, \"{key}\"|given\.get\(\"{key}\"", code) and not re.search(rf"config\[\"{key}\"\]", host)
+        if not re.search(rf"\[\"{key}\"\]|choice\(config, \"{key}\"|given\.get\(\"{key}\"", code)
+        and not re.search(rf"config\[\"{key}\"\]", host)
     }
     assert not unread
 
@@ -411,7 +453,9 @@ def test_modes_set_the_same_fields_and_every_empty_key():
     ours = yaml.safe_load((PROPERTIES / "model" / "DLLM2Rec.yaml").read_text())
     modes = ours["distill_modes"]
     assert set(modes) == {"best", "paper", "code", "off"}
-    empty = {key.removeprefix("distill_") for key, value in ours.items() if key.startswith("distill_") and value is None}
+    empty = {
+        key.removeprefix("distill_") for key, value in ours.items() if key.startswith("distill_") and value is None
+    }
     for name, mode in modes.items():
         assert set(mode) == empty, name
 

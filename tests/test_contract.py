@@ -77,7 +77,9 @@ def test_saved_and_loaded_it_scores_the_same(trained):
     trained.trainer.evaluate(trained.data[2], load_best_model=True)
     expected = trained.scores(trained.batch())
     saved = read_checkpoint(trained.trainer.saved_model_file)
-    model = get_model(type(trained.model).__name__)(saved["config"], trained.data[0]._dataset).to(saved["config"]["device"])
+    model = get_model(type(trained.model).__name__)(saved["config"], trained.data[0]._dataset).to(
+        saved["config"]["device"]
+    )
     model.load_state_dict(saved["state_dict"])
     model.load_other_parameter(saved["other_parameter"])
     with torch.no_grad():

@@ -41,7 +41,9 @@ def test_a_checkpoint_is_read_by_load_data_and_model_and_case_study(ring, tiny_l
 
 
 def test_bigrec_checkpoint_brings_its_adapters_back(ring, tiny_lm):
-    _, trainer, test_data, _, _ = step_by_step("BIGRec", ring_settings(ring, "BIGRec", tiny_lm, learning_rate=0.02, epochs=2))
+    _, trainer, test_data, _, _ = step_by_step(
+        "BIGRec", ring_settings(ring, "BIGRec", tiny_lm, learning_rate=0.02, epochs=2)
+    )
     _, model, _, _, _, loaded_test = load_data_and_model(trainer.saved_model_file)
     batch = next(iter(loaded_test))[0]
     tuned = trainer.model.lm.adapter_state()
@@ -71,13 +73,20 @@ def test_hyper_tuning_runs_our_objective(ring, tmp_path):
 
     fixed = tmp_path / "fixed.yaml"
     fixed.write_text(
-        json.dumps({"model": "DLLM2Rec", "dataset": "ring", **ring_settings(ring, "DLLM2Rec", distill_mode="off", epochs=1)}),
+        json.dumps(
+            {"model": "DLLM2Rec", "dataset": "ring", **ring_settings(ring, "DLLM2Rec", distill_mode="off", epochs=1)}
+        ),
         encoding="utf-8",
     )
     space = tmp_path / "space.hyper"
     space.write_text("learning_rate choice [0.01,0.001]\n", encoding="utf-8")
     tuning = HyperTuning(
-        objective_function, algo="exhaustive", early_stop=10, max_evals=2, params_file=str(space), fixed_config_file_list=[str(fixed)]
+        objective_function,
+        algo="exhaustive",
+        early_stop=10,
+        max_evals=2,
+        params_file=str(space),
+        fixed_config_file_list=[str(fixed)],
     )
     tuning.run()
     assert tuning.best_params["learning_rate"] in (0.01, 0.001) and len(tuning.params2result) == 2
@@ -91,7 +100,11 @@ def test_stock_models_give_the_same_numbers_with_and_without_our_settings(ring):
     settings = ring_settings(ring, "SASRec", train_neg_sample_args=None)
     settings.pop("title_field")
     config, trainer, _, best, result = step_by_step("SASRec", settings)
-    assert type(trainer) is Trainer and config["positions"] is None and config["metrics"] == ["Recall", "MRR", "NDCG", "Hit", "Precision"]
+    assert (
+        type(trainer) is Trainer
+        and config["positions"] is None
+        and config["metrics"] == ["Recall", "MRR", "NDCG", "Hit", "Precision"]
+    )
     assert "positions" not in Config(model="SASRec", dataset="ring", config_dict=dict(settings)).final_config_dict
 
 

@@ -32,6 +32,12 @@ ANSWERS = [f'"{word} in {number}"\n' for number, word in enumerate(WORDS)]
 QUICK = {"learning_rate": 3e-2, "epochs": 4, "batch_size": 2, "warmup_steps": 2, "dropout": 0.1, "progress": False}
 
 
+@pytest.fixture(autouse=True)
+def one_thread(clean_process):
+    """Tiny tensors are slower on two threads than on one."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture
 def model(tiny_lm) -> LanguageModel:
     return LanguageModel.load(str(tiny_lm))
@@ -40,7 +46,7 @@ def model(tiny_lm) -> LanguageModel:
 @pytest.fixture(scope="module")
 def tuned(tiny_lm) -> LanguageModel:
     """A model that knows its six answers by heart."""
-    model = LanguageModel.load(str(tiny_lm))
+    model = LanguageModel.load(str(tiny_lm), threads=1)
     settings = {**QUICK, "epochs": 60, "dropout": 0.0}
     model.tune(PROMPTS, ANSWERS, PROMPTS, ANSWERS, patience=99, **settings)
     return model
@@ -437,7 +443,7 @@ def test_the_digest_is_that_of_the_files(model, tiny_lm, tmp_path):
 
 def test_bfloat16_is_for_tuning_and_writing_only(model, tiny_lm):
     half = LanguageModel.load(str(tiny_lm), dtype="bfloat16")
-    half.tune(PROMPTS, ANSWERS, PROMPTS, ANSWERS, patience=99, **{**QUICK, "epochs": 60, "dropout": 0.0})
+    half.tune(PROMPTS, ANSWERS, PROMPTS, ANSWERS, patience=99, **{**QUICK, "epochs": 40, "dropout": 0.0})
     assert {weight.dtype for weight in half._writer().parameters()} == {torch.bfloat16}
     assert half.generate(PROMPTS[:2], progress=False) == [answer.rstrip("\n") for answer in ANSWERS[:2]]
     assert torch.equal(half.embed(WORDS), model.embed(WORDS))

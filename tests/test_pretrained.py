@@ -190,13 +190,8 @@ def test_a_hub_that_never_answers_is_given_up(monkeypatch):
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
-        monkeypatch.setattr(
-            huggingface_hub.HfApi,
-            "__init__",
-            lambda self: vars(self).update(endpoint=huggingface_hub.constants.ENDPOINT),
-        )
-        monkeypatch.setattr(huggingface_hub.HfApi, "_build_hf_headers", lambda self, token=None: {})
+        api = huggingface_hub.HfApi(endpoint=f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setattr(huggingface_hub, "HfApi", lambda: api)
         begin = time.monotonic()
         assert isinstance(pretrained.ask_hub("foo/bar", seconds=0.5), Exception)
         assert time.monotonic() - begin < 2

@@ -148,7 +148,7 @@ def test_row_list_rides_along_for_those_who_want_it(small):
 def test_the_ring_is_learnt_on_windows(ring):
     parts = stock(
         ring, "ring", **RING | {"load_col": {"inter": ["user_id", "item_id", "timestamp"]}}, hidden_size=32, epochs=30,
-        learning_rate=0.01, eval_step=10, attn_dropout_prob=0.1, hidden_dropout_prob=0.1, positions="all", allow_keys=[],
+        learning_rate=0.01, eval_step=10, attn_dropout_prob=0.1, hidden_dropout_prob=0.1, positions="all",
     )  # fmt: skip
     trainer = SequenceTrainer(parts.config, parts.model)
     trainer.fit(parts.train, parts.valid)
@@ -362,6 +362,8 @@ def test_recboles_own_checkpoints_can_be_evaluated_and_resumed(small):
     trainer.resume_checkpoint(host.saved_model_file)
     assert trainer.start_epoch == 1 and trainer.saved_model_file.endswith(".safetensors")
     assert trainer.evaluate(parts.test) == result
+    trainer.fit(parts.train)
+    assert len(checkpoint.read_weights(trainer.saved_model_file)[1]["items"]) == parts.dataset.item_num
 
 
 def test_recbole_loads_our_checkpoint(small):

@@ -111,7 +111,9 @@ class BIGRec(Teacher):
     def grounder(self) -> Grounder:
         """The catalogue as vectors, made at its first use."""
         if self.shared.grounder is None:
-            self.shared.grounder = Grounder(self.config["ground_metric"], self.config["ground_index"]).fit(self.item_embeddings())
+            self.shared.grounder = Grounder(self.config["ground_metric"], self.config["ground_index"]).fit(
+                self.item_embeddings()
+            )
         return self.shared.grounder
 
     def prompts(self, histories: Tensor) -> list[str]:
@@ -140,7 +142,11 @@ class BIGRec(Teacher):
     def write_titles(self, histories: Tensor) -> list[str]:
         """The title that the LLM writes after each history [B, L]."""
         config = self.config
-        allowed = self.lm.answer_tokens([answer(title) for title in sorted(self.catalogue)]) if config["generate_constrained"] else None
+        allowed = (
+            self.lm.answer_tokens([answer(title) for title in sorted(self.catalogue)])
+            if config["generate_constrained"]
+            else None
+        )
         texts = self.lm.generate(
             self.prompts(histories),
             max_new_tokens=config["generate_max_new_tokens"],
@@ -164,11 +170,15 @@ class BIGRec(Teacher):
         histories = interaction[self.ITEM_SEQ]
         titles = self.write_titles(histories)
         seen = [set(self.text.of(row)) for row in histories.cpu()]
-        self.outputs += [(title, title in self.catalogue, title in past) for title, past in zip(titles, seen, strict=True)]
+        self.outputs += [
+            (title, title in self.catalogue, title in past) for title, past in zip(titles, seen, strict=True)
+        ]
         scores = self.grounder.scores(self.vectors_of(titles))
         if self.gamma:
             scores = -reweight(-scores, self.popularity, self.gamma)
-        scores[:, 0] = scores[:, 1:].min(dim=1).values - 1  # RecBole sets the padding to -inf; a finite row is its contract
+        scores[:, 0] = (
+            scores[:, 1:].min(dim=1).values - 1
+        )  # RecBole sets the padding to -inf; a finite row is its contract
         return scores.to(self.device)
 
     def predict(self, interaction):
@@ -181,7 +191,9 @@ class BIGRec(Teacher):
         Raises:
             NotImplementedError: Always; names the trainer.
         """
-        raise NotImplementedError("BIGRec is tuned on text by BIGRecTrainer: use RecBole's get_trainer, which finds it.")
+        raise NotImplementedError(
+            "BIGRec is tuned on text by BIGRecTrainer: use RecBole's get_trainer, which finds it."
+        )
 
     def legality(self) -> dict[str, float]:
         """What the LLM wrote since the last reset: shares of catalogue titles and of repeats, and of distinct outputs."""
@@ -229,27 +241,31 @@ class BIGRecTrainer(SequenceTrainer):
         rows = log.rows()[sample_of_rows(len(log.rows()), config["train_rows"], config["teacher_seed"])]
         histories, _ = log.history(rows, model.history_length)
         valid = eval_rows(valid_data, config["valid_rows"], config["teacher_seed"]) if valid_data else None
-        self.logger.info(f"Tuning {config['llm']} with LoRA on {len(rows)} rows, stopping on {len(valid) if valid else 0} validation rows.")
-        result = model.lm.tune(
-            model.prompts(histories),
-            [answer(title) for title in model.text.of(log.items[rows])],
-            model.prompts(valid[model.ITEM_SEQ]) if valid else [],
-            [answer(title) for title in model.text.of(valid[model.ITEM_ID])] if valid else [],
-            learning_rate=config["learning_rate"],
-            epochs=config["epochs"],
-            batch_size=config["train_batch_size"],
-            rank=config["lora_rank"],
-            alpha=config["lora_alpha"],
-            dropout=config["lora_dropout"],
-            train_on_prompt=config["lora_train_on_prompt"],
-            warmup_steps=config["lora_warmup_steps"],
-            patience=config["stopping_step"],
-            evals_per_epoch=config["lora_evals_per_epoch"],
-            max_length=config["lora_max_length"],
-            seed=config["teacher_seed"],
-            state_folder=self.state_folder if saved else None,
-            progress=show_progress,
+        self.logger.info(
+            f"Tuning {config['llm']} with LoRA on {len(rows)} rows, stopping on {len(valid) if valid else 0} validation rows."
         )
+        # RecBole's sine.py switches anomaly detection on for everything in the process; it makes tuning several times slower
+        with torch.autograd.set_detect_anomaly(False):
+            result = model.lm.tune(
+                model.prompts(histories),
+                [answer(title) for title in model.text.of(log.items[rows])],
+                model.prompts(valid[model.ITEM_SEQ]) if valid else [],
+                [answer(title) for title in model.text.of(valid[model.ITEM_ID])] if valid else [],
+                learning_rate=config["learning_rate"],
+                epochs=config["epochs"],
+                batch_size=config["train_batch_size"],
+                rank=config["lora_rank"],
+                alpha=config["lora_alpha"],
+                dropout=config["lora_dropout"],
+                train_on_prompt=config["lora_train_on_prompt"],
+                warmup_steps=config["lora_warmup_steps"],
+                patience=config["stopping_step"],
+                evals_per_epoch=config["lora_evals_per_epoch"],
+                max_length=config["lora_max_length"],
+                seed=config["teacher_seed"],
+                state_folder=self.state_folder if saved else None,
+                progress=show_progress,
+            )
         loss = result["best_valid_loss"] if valid else result["train_loss"][-1]
         self.best_valid_result = {"answer_loss": loss}
         self.best_valid_score = -loss  # RecBole takes the larger score for the better one
@@ -271,8 +287,12 @@ class BIGRecTrainer(SequenceTrainer):
         model.gamma = 0.0
         distances = -model.full_sort_predict(valid)
         distances[:, 0] = float("inf")
-        model.gamma, ndcg = best_gamma(distances.cpu(), model.popularity, valid[model.ITEM_ID].cpu(), self.config["ground_gammas"])
-        self.logger.info(f"gamma={model.gamma} for popularity, chosen on {len(valid)} validation rows (NDCG@20 {ndcg:.4f}).")
+        model.gamma, ndcg = best_gamma(
+            distances.cpu(), model.popularity, valid[model.ITEM_ID].cpu(), self.config["ground_gammas"]
+        )
+        self.logger.info(
+            f"gamma={model.gamma} for popularity, chosen on {len(valid)} validation rows (NDCG@20 {ndcg:.4f})."
+        )
 
     def evaluate(self, eval_data, load_best_model=True, model_file=None, show_progress=False):
         """Like RecBole's, on `teacher_eval_rows` seeded rows; also keeps what the LLM's outputs were like."""
@@ -333,6 +353,8 @@ def some_of(loader: Any, rows: Tensor) -> Any:
     if len(rows) == len(loader._dataset):
         return loader
     if not isinstance(loader, FullSortEvalDataLoader):
-        raise ValueError("teacher_eval_rows: a sample of rows needs full ranking. Set eval_args mode to full or teacher_eval_rows to 0.")
+        raise ValueError(
+            "teacher_eval_rows: a sample of rows needs full ranking. Set eval_args mode to full or teacher_eval_rows to 0."
+        )
     dataset = loader._dataset.copy(loader._dataset.inter_feat[rows])
     return FullSortEvalDataLoader(loader.config, dataset, loader._sampler, shuffle=False)

@@ -20,147 +20,20 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from recbole_llm.config import SUITED, check_topk, choice
+from recbole_llm.distillation import (
+    candidate_confidence,
+    consistency,
+    kl_loss,
+    position_weight,
+    principal_components,
+    propensity_scores,
+    ranking_loss,
+    robust_loss,
+    truth_confidence,
+)
 from recbole_llm.knowledge import Attached, attach, ensure, item_vectors
 from recbole_llm.sequences import forward_arguments, sample_rows, states, undisturbed
 from recbole_llm.trainer import SequenceTrainer
-
-
-def position_weight(k: int, beta: float) -> Tensor:
-    """Weight of a candidate's place: exp(-r / beta), r = 1..K, summing to 1 (Eq. 6). Returns [K]."""
-    return torch.softmax(-torch.arange(1, k + 1, dtype=torch.float32) / beta, dim=0)
-
-
-def truth_confidence(target_score: Tensor, temperature: float) -> Tensor:
-    """How sure the teacher was of a row: exp(-d / T), d the distance from its text to the true item (Eq. 7). Returns [M].
-
-    Divided by its mean over all labelled rows, since the paper leaves the normaliser open: a row of average confidence
-    has 1, a bad row less.
-
-    Args:
-        target_score: Teacher's score of the true item, minus the distance for BIGRec [M].
-        temperature: Scale of the distances.
-    """
-    confidence = torch.exp((target_score - target_score.max()) / temperature)
-    return confidence / confidence.mean().clamp_min(1e-12)
-
-
-def candidate_confidence(score: Tensor, valid: Tensor, temperature: float) -> Tensor:
-    """Confidence per candidate, softmax of -d / T within the row, as in the released code. Returns [R, K].
-
-    Args:
-        score: Minus the distance to each candidate [R, K].
-        valid: Which candidates exist [R, K].
-        temperature: Scale of the distances.
-    """
-    scaled = (score / temperature).masked_fill(~valid, torch.finfo(score.dtype).min)
-    return torch.softmax(scaled, dim=1) * valid
-
-
-def consistency(items: Tensor, logits: Tensor) -> Tensor:
-    """1 where a candidate is also in the student's own top K, else 0 (Eq. 8). Returns [R, K], without gradient.
-
-    Args:
-        items: Candidates of the teacher, 0 for none [R, K].
-        logits: Scores of the student over all items [R, n_items]; the padding id never counts.
-    """
-    scores = logits.detach().clone()
-    scores[:, 0] = float("-inf")
-    own = scores.topk(min(items.shape[1], scores.shape[1] - 1), dim=1).indices
-    return (items.unsqueeze(2) == own.unsqueeze(1)).any(dim=2).to(logits.dtype)
-
-
-def ranking_loss(logits: Tensor, items: Tensor, weight: Tensor, form: str, negative: Tensor | None = None) -> Tensor:
-    """Importance-aware ranking distillation (Eq. 5) per labelled row. Returns [R].
-
-    `sigmoid`: -sum_k w_k log sigma(s_k), the paper's, for a BCE base. `softmax`: -sum_k w_k log p_k, for a full-softmax base,
-    whose logits are only known up to a shift, so that log sigma of one logit would mean nothing.
-
-    Args:
-        logits: Scores of the student over all items [R, n_items].
-        items: Candidates of the teacher, 0 for none [R, K].
-        weight: Importance of each candidate [R, K].
-        form: sigmoid | softmax.
-        negative: A negative item per row that is pushed below 1 with every candidate, as the released code does [R].
-    """
-    weight = weight * (items > 0)
-    scores = logits.gather(1, items)
-    if form == "softmax":
-        terms = scores - logits[:, 1:].logsumexp(dim=1, keepdim=True)
-    else:
-        terms = functional.logsigmoid(scores)
-    if negative is not None:
-        terms = terms + functional.logsigmoid(1 - logits.gather(1, negative.unsqueeze(1)))
-    return -(weight * terms).sum(dim=1)
-
-
-def kl_loss(logits: Tensor, items: Tensor, score: Tensor, temperature: float) -> Tensor:
-    """KL divergence from the teacher to the student over the teacher's candidates. Returns [R].
-
-    Args:
-        logits: Scores of the student over all items [R, n_items].
-        items: Candidates of the teacher, 0 for none [R, K].
-        score: The teacher's scores of them [R, K].
-        temperature: Scale of the teacher's scores.
-    """
-    absent = items == 0
-    teacher = torch.log_softmax((score / temperature).masked_fill(absent, -1e9), dim=1)
-    student = torch.log_softmax(logits.gather(1, items).masked_fill(absent, -1e9), dim=1)
-    return (teacher.exp() * (teacher - student)).masked_fill(absent, 0.0).sum(dim=1)
-
-
-def robust_loss(logits: Tensor, items: Tensor, propensity: Tensor, beta: float) -> Tensor:
-    """DROS: the worst case of a squared error over shifted item popularity, for each of some positive items. Returns [R, K].
-
-    log( sum_j exp(pi_j s_j^2 / beta) - exp(pi_i s_i^2 / beta) + exp(pi_i (s_i - 1)^2 / beta) ); the sum over j is shared by
-    the items of a row, and everything is kept in logarithms.
-
-    Args:
-        logits: Scores of the student [R, n_items].
-        items: Positive items [R, K].
-        propensity: pi over items [n_items], 0 for padding.
-        beta: Radius.
-    """
-    energy = propensity * logits.square() / beta
-    of_items = energy.gather(1, items)
-    scores, pi = logits.gather(1, items), propensity[items]
-    top = energy[:, 1:].max(dim=1, keepdim=True).values.detach()
-    total = torch.exp(energy[:, 1:] - top).sum(dim=1, keepdim=True)
-    rest = total - torch.exp(of_items - top)
-    shifted = torch.exp(pi * (scores - 1).square() / beta - top)
-    return torch.log((rest + shifted).clamp_min(1e-24)) + top
-
-
-def propensity_scores(counts: Tensor) -> Tensor:
-    """pi_j = ((n_j + 1) / sum(n + 1)) ** .05 over real items, 0 for padding. Args: counts [n_items]. Returns [n_items]."""
-    smoothed = counts.float() + 1
-    pi = (smoothed / smoothed[1:].sum()) ** 0.05
-    pi[0] = 0
-    return pi
-
-
-def principal_components(vectors: Tensor, width: int, std: float, generator: torch.Generator | None = None) -> Tensor:
-    """First principal components of the item vectors, scaled to one standard deviation over all. Returns [n_items, width].
-
-    The scale matters more than whitening: RecBole's .02 loses most of the gain, .1 keeps it.
-
-    Args:
-        vectors: One vector per item, row 0 padding [n_items, d].
-        width: Components wanted; components that the vectors do not have are drawn at random.
-        std: Standard deviation of the table.
-        generator: Source of the random rest.
-    """
-    real = vectors[1:].double()
-    centred = real - real.mean(dim=0)
-    _, sizes, directions = torch.linalg.svd(centred, full_matrices=False)
-    directions = directions[sizes > 1e-9 * sizes.max()]
-    # The sign of a singular vector is the library's choice: fix it, so that the table is the same on every machine.
-    signs = torch.sign(directions.gather(1, directions.abs().argmax(dim=1, keepdim=True)))
-    parts = centred @ (directions * signs)[:width].T
-    table = torch.zeros(len(vectors), width, dtype=torch.float64)
-    table[1:, : parts.shape[1]] = parts / parts.std().clamp_min(1e-12)
-    if parts.shape[1] < width:
-        table[1:, parts.shape[1] :] = torch.randn(len(real), width - parts.shape[1], generator=generator, dtype=torch.float64)
-    return (table * std).float()
 
 
 @dataclass(frozen=True)
@@ -195,7 +68,9 @@ class Distillation:
         for name, allowed in CHOICES.items():
             choice({f"distill_{name}": merged[name]}, f"distill_{name}", allowed)
         if merged["negative"] and merged["base"] != "bce":
-            raise ValueError("distill_negative=True: needs the negative of distill_base=bce; a full softmax draws none. Set one of them.")
+            raise ValueError(
+                "distill_negative=True: needs the negative of distill_base=bce; a full softmax draws none. Set one of them."
+            )
         return cls(**merged)
 
     @property
@@ -207,6 +82,10 @@ class Distillation:
     def uses_vectors(self) -> bool:
         """Whether the teacher's item vectors are needed."""
         return self.embedding != "none"
+
+    def asks_teacher(self, config: Any) -> bool:
+        """Whether a Knowledge is needed: for rows, or for vectors that no text encoder of its own is named for."""
+        return self.uses_rows or (self.uses_vectors and config["teacher_embedding"] == "auto")
 
 
 CHOICES = {
@@ -277,6 +156,10 @@ class TaughtTable(nn.Module):
         """Vectors of items on the input side; items [...] -> [..., d]."""
         self._current = self.input_table()
         return functional.embedding(items, self._current, padding_idx=0)
+
+    def __getstate__(self):
+        """All but the table of the last step, which hangs on to its graph and cannot be copied."""
+        return self.__dict__ | {"_current": None}
 
     def folded(self) -> dict[str, Tensor]:
         """State of the plain table that serves exactly like this one."""
@@ -381,11 +264,17 @@ def refuse_other_scores(student: SequentialRecommender) -> None:
         with undisturbed(student):
             logits = student(**forward_arguments(student, batch)) @ student.item_embedding.weight.T
             own = student.full_sort_predict(batch).view(len(batch), -1)
-            fault = None if logits.shape == own.shape and torch.allclose(logits, own, rtol=1e-3, atol=1e-4) else "they differ"
+            fault = (
+                None
+                if logits.shape == own.shape and torch.allclose(logits, own, rtol=1e-3, atol=1e-4)
+                else "they differ"
+            )
     except Exception as error:  # whatever a model raises here, it cannot be trained on these losses
         fault = f"{type(error).__name__}: {error}"
     if fault:
-        raise ValueError(f"student={type(student).__name__}: its scores are not its state times its item table ({fault}). {SUITED}")
+        raise ValueError(
+            f"student={type(student).__name__}: its scores are not its state times its item table ({fault}). {SUITED}"
+        )
 
 
 class DLLM2RecTrainer(SequenceTrainer):
@@ -427,11 +316,15 @@ class DLLM2RecTrainer(SequenceTrainer):
 
     def _prepare_weights(self):
         attached, settings = self.attached, self.settings
+        used = attached.target_score[attached.index[attached.index >= 0]]
         # distances are 0 at best; scores of another kind (logits of a RecBole model) count from the surest row
-        distance = attached.target_score.max().clamp_min(0) - attached.target_score
-        temperature = distance.median().clamp_min(1e-6).item() if settings.temperature == "auto" else float(settings.temperature)
+        distance = used.max().clamp_min(0) - used
+        temperature = (
+            distance.median().clamp_min(1e-6).item() if settings.temperature == "auto" else float(settings.temperature)
+        )
         self.temperature = temperature
-        self.row_confidence = truth_confidence(attached.target_score, temperature)
+        self.row_confidence = torch.zeros_like(attached.target_score)
+        self.row_confidence[attached.index[attached.index >= 0]] = truth_confidence(used, temperature)
         self.places = position_weight(attached.items.shape[1], settings.position_beta).to(self.device)
         self.logger.info(
             f"Ranking distillation ({settings.ranking}) on {attached.labelled} labelled rows of {attached.total}, "
@@ -452,7 +345,11 @@ class DLLM2RecTrainer(SequenceTrainer):
         negative = self._negatives(seen, target) if self.settings.base == "bce" else None
         base = self._base_loss(logits, target, negative)
         if self.settings.robust:
-            base = base + self.settings.robust * robust_loss(logits, target.unsqueeze(1), self.propensity, self.settings.robust_beta).mean()
+            base = (
+                base
+                + self.settings.robust
+                * robust_loss(logits, target.unsqueeze(1), self.propensity, self.settings.robust_beta).mean()
+            )
         if not self.settings.uses_rows:
             return base
         return base, self.settings.weight * self._ranking(logits, row, negative)
@@ -477,7 +374,9 @@ class DLLM2RecTrainer(SequenceTrainer):
         if negative is None:
             return functional.cross_entropy(logits, target)
         pair = torch.stack([logits.gather(1, target.unsqueeze(1)), logits.gather(1, negative.unsqueeze(1))])
-        return functional.binary_cross_entropy_with_logits(pair, torch.stack([torch.ones_like(pair[0]), torch.zeros_like(pair[1])]))
+        return functional.binary_cross_entropy_with_logits(
+            pair, torch.stack([torch.ones_like(pair[0]), torch.zeros_like(pair[1])])
+        )
 
     def _negatives(self, seen, target):
         """One uniform item per target that is neither in its history nor the target, from the trainer's own generator."""
@@ -514,7 +413,9 @@ class DLLM2RecTrainer(SequenceTrainer):
         shared = negative[has] if settings.negative else None
         loss = ranking_loss(logits, items, weight, settings.ranking, shared)
         if settings.robust:
-            loss = loss + settings.robust * (weight * robust_loss(logits, items, self.propensity, settings.robust_beta)).sum(dim=1)
+            loss = loss + settings.robust * (
+                weight * robust_loss(logits, items, self.propensity, settings.robust_beta)
+            ).sum(dim=1)
         return loss.mean()
 
     def _weights(self, logits, items, score, row_confidence):

@@ -1,0 +1,186 @@
+"""The runner on the ring with a tiny LLM: order of events, cache, folder, estimate; and what it says to bad input."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from recbole_llm import Recommender, load_recommender
+from recbole_llm.command import main
+from recbole_llm.knowledge import Knowledge
+from recbole_llm.quick_start import run_recbole_llm
+from tests.pipelines import ring_settings
+
+
+def run(model, data_path, tiny_lm=None, **more):
+    """Run a model on the ring under our runner."""
+    return run_recbole_llm(model, "ring", config_dict=ring_settings(data_path, model, tiny_lm, **more))
+
+
+def test_dllm2rec_has_three_lines_and_the_second_time_they_come_from_the_cache(ring, tiny_lm):
+    first = run("DLLM2Rec", ring, tiny_lm, state="info")
+    assert [line.name for line in first["lines"]] == ["BIGRec (teacher)", "SASRec alone", "SASRec distilled"]
+    assert [len(line.ranks) for line in first["lines"]] == [8, 60, 60]
+    assert not any(line.cached for line in first["lines"])
+    folder = Path(first["folder"])
+    assert {"config.json", "results.json", "table.txt", "run.log", "model.safetensors", "model.json"} <= {
+        path.name for path in folder.iterdir()
+    }
+    assert "This run is going to:" in (folder / "run.log").read_text()
+    again = run("DLLM2Rec", ring, tiny_lm, state="info")
+    assert all(line.cached for line in again["lines"]) and again["test_result"] == first["test_result"]
+    other = run("DLLM2Rec", ring, tiny_lm, distill_weight=0.7)
+    assert [line.cached for line in other["lines"]] == [True, True, False]
+    assert "cache" in other["table"] and "this run" in other["table"]
+
+
+def test_resume_false_trains_the_students_anew_and_gives_the_same(ring):
+    first = run("DLLM2Rec", ring, distill_mode="off")
+    anew = run("DLLM2Rec", ring, distill_mode="off", resume=False)
+    assert not anew["lines"][0].cached and anew["test_result"] == first["test_result"]
+
+
+def test_a_killed_run_goes_on_where_it_was(ring, monkeypatch):
+    from recbole_llm.trainer import SequenceTrainer
+
+    whole = run("SASRec", ring, checkpoint_dir="whole")
+    write, epochs = SequenceTrainer._write_resume, []
+
+    def killed(self, epoch):
+        write(self, epoch)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(SequenceTrainer, "_write_resume", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run("SASRec", ring, checkpoint_dir="parts")
+    monkeypatch.setattr(SequenceTrainer, "_write_resume", lambda self, epoch: epochs.append(epoch) or write(self, epoch))
+    resumed = run("SASRec", ring, checkpoint_dir="parts")
+    assert epochs == [1, 2] and resumed["test_result"] == whole["test_result"]
+
+
+@pytest.mark.parametrize("model", ["SASRec", "GRU4Rec", "STAMP"])
+def test_stock_models_run_under_the_same_runner(model, ring):
+    result = run(model, ring, epochs=25)
+    assert result["lines"][0].name == model and set(result["test_result"]) >= {"recall@1", "ndcg@10", "mrr@10"}
+    assert result["test_result"]["recall@1"] == 1.0
+
+
+def test_bigrec_alone_reports_what_it_wrote(ring, tiny_lm):
+    result = run("BIGRec", ring, tiny_lm)
+    said = result["lines"][0].notes["legality"]
+    assert said["rows"] == 8 and 0 <= said["catalogue_titles"] <= 1 and said["without_repeats"]["rows"] == 8
+    assert "catalogue titles" in result["table"]
+
+
+def test_estimate_says_what_and_stops(ring, tiny_lm):
+    plan = run_recbole_llm(
+        "DLLM2Rec", "ring", config_dict=ring_settings(ring, "DLLM2Rec", tiny_lm), estimate=True
+    )["plan"]
+    said = " ".join(step.what for step in plan)
+    assert "labels 24 of 540 training rows" in said and "SASRec alone" in said
+    assert not list(Path("saved").rglob("*.safetensors"))
+
+
+def test_a_text_encoder_alone_asks_no_teacher(ring, tiny_lm):
+    result = run("DLLM2Rec", ring, tiny_lm, distill_ranking="none", teacher_embedding=str(tiny_lm))
+    assert [line.name for line in result["lines"]] == ["SASRec alone", "SASRec distilled"]
+    assert not Path("saved/knowledge").exists() and list(Path("saved/item_vectors").iterdir())
+
+
+def test_a_saved_student_recommends(ring):
+    folder = Path(run("DLLM2Rec", ring, distill_mode="off", epochs=25)["folder"])
+    student = load_recommender(folder / "model.safetensors")
+    assert isinstance(student, Recommender)
+    assert student.recommend(["i03", "i04", "i05"], k=1)[0].token == "i06"
+
+
+# Bad input ------------------------------------------------------------------------------------------------------------
+
+
+def rewrite(file: Path, change) -> None:
+    """Change the lines of a file."""
+    file.write_text("\n".join(change(file.read_text(encoding="utf-8").splitlines())) + "\n", encoding="utf-8")
+
+
+def test_a_title_that_begins_with_a_quote_is_named_with_its_line(ring):
+    rewrite(ring / "ring/ring.item", lambda rows: [*rows[:3], rows[3].replace("\t", '\t"'), *rows[4:]])
+    with pytest.raises(ValueError, match="ring.item, line 4, title=.*begins with a double quote"):
+        run("DLLM2Rec", ring, distill_mode="off")
+
+
+def test_a_missing_title_column_is_named(ring, tiny_lm):
+    load = {"inter": ["user_id", "item_id", "timestamp"], "item": ["item_id", "title"]}
+    with pytest.raises(ValueError, match="title_field=name: no such column in the item file of 'ring'; columns there: item_id, title"):
+        run("BIGRec", ring, tiny_lm, title_field="name", load_col=load)
+
+
+def test_items_without_a_title_are_counted(ring, tiny_lm, caplog):
+    rewrite(ring / "ring/ring.item", lambda rows: [*rows[:-1], rows[-1].split("\t")[0] + "\t"])
+    with caplog.at_level(logging.WARNING):
+        result = run("BIGRec", ring, tiny_lm)
+    assert "1 of 24 items of 'ring' have no text" in caplog.text and result["test_result"]
+
+
+def test_users_with_one_interaction_are_counted(ring, caplog):
+    rewrite(ring / "ring/ring.inter", lambda rows: [*rows, "lonely\ti03\t9999"])
+    with caplog.at_level(logging.WARNING):
+        run("DLLM2Rec", ring, distill_mode="off")
+    assert "1 users have one interaction only" in caplog.text
+
+
+def test_an_llm_that_is_nowhere_is_said_so(ring, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "empty"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ValueError, match="llm=nobody/nothing"):
+        run("BIGRec", ring, "nobody/nothing")
+
+
+def test_knowledge_of_other_data_is_refused(ring, tiny_lm, tmp_path):
+    run("DLLM2Rec", ring, tiny_lm)
+    folder = next(Path("saved/knowledge").iterdir())
+    rewrite(ring / "ring/ring.inter", lambda rows: [*rows, "extra\ti03\t9999", "extra\ti09\t10000", "extra\ti01\t10001"])
+    with pytest.raises(ValueError, match=r"teacher_knowledge=.*it is of other data.*users"):
+        run("DLLM2Rec", ring, tiny_lm, teacher_knowledge=str(folder))
+
+
+def test_damaged_knowledge_is_built_again(ring, tiny_lm):
+    run("DLLM2Rec", ring, tiny_lm)
+    folder = next(Path("saved/knowledge").iterdir())
+    before = Knowledge.load(folder)
+    shard = folder / "shard-00001.safetensors"
+    shard.write_bytes(shard.read_bytes()[:50])
+    run("DLLM2Rec", ring, tiny_lm, distill_weight=0.3)
+    after = Knowledge.load(folder)
+    assert torch.equal(before.items, after.items) and torch.equal(before.score, after.score)
+
+
+@pytest.mark.parametrize("key", ["topk", "distill_topk"])
+def test_a_cut_off_beyond_the_catalogue_is_refused_when_it_was_set(key, ring):
+    with pytest.raises(ValueError, match=rf"{key}=.*: more than the catalogue holds; there are 24 items"):
+        run("DLLM2Rec", ring, distill_mode="off", **{key: [1, 10, 30] if key == "topk" else 30})
+
+
+def test_the_command_tells_faults_without_a_traceback(ring, capsys):
+    code = main(["--model=DLLM2Rec", "--dataset=ring", f"--data_path={ring}", "--lerning_rate=1", "--distil_weight=0.5"])
+    said = capsys.readouterr().err
+    assert code == 2 and "Traceback" not in said
+    assert said.strip().splitlines() == [
+        "2 settings that DLLM2Rec on ring does not have:",
+        "  distil_weight=0.5 (did you mean 'distill_weight'?)",
+        "  lerning_rate=1 (did you mean 'learning_rate'?)",
+    ]
+
+
+def test_the_command_explains_settings_and_refuses_stray_words(capsys):
+    assert main(["--help", "--model=BIGRec"]) == 0
+    assert "lora_rank: 8" in capsys.readouterr().out
+    assert main(["--model=SASRec", "epochs", "3"]) == 2
+    assert "not of the form --key=value" in capsys.readouterr().err
+
+
+def test_the_results_are_written_as_json(ring):
+    result = run("SASRec", ring)
+    lines = json.loads((Path(result["folder"]) / "results.json").read_text())["lines"]
+    assert lines[0]["metrics"] == result["test_result"] and len(lines[0]["ranks"]) == 60
