@@ -121,7 +121,8 @@ def load_layers(
         student = config.external_config_dict.get("student", ours["student"])
         if student not in (known := sequential_models()):
             faults.append(
-                f"student={student}: no such sequential model{guess(student, known)} Set student to one of RecBole's sequential models; --help lists them."
+                f"student={student}: no such sequential model{guess(student, known)} Set student to one of RecBole's sequential "
+                "models; --help lists them."
             )
             student = ours["student"]
         elif fault := unsuited(student):

@@ -13,7 +13,6 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import numpy as np
 import torch
 from recbole.data.interaction import Interaction
 from torch import Tensor
@@ -32,75 +31,12 @@ from recbole_llm.artifacts import (
 )
 from recbole_llm.checkpoint import random_state, set_random_state
 from recbole_llm.config import role_config
+from recbole_llm.identity import Names, data_digest, fingerprint, titles_digest
 from recbole_llm.item_text import ItemText
 from recbole_llm.sequences import Log
-from recbole_llm.teacher import Teacher, data_digest, identity, item_table, rank, ready, teacher_folder
+from recbole_llm.teacher import Teacher, identity, item_table, rank, ready, teacher_folder
 
 FORMAT = 1
-
-
-@dataclass(frozen=True)
-class Names:
-    """Items and users of a data set by the order of their tokens, which no file order changes.
-
-    Args:
-        items: Item tokens, sorted; item number i + 1 is items[i], 0 is "no item".
-        number: Internal item id -> item number [n_items].
-        internal: Item number -> internal item id [n_items].
-        users: User tokens in the order of the log.
-    """
-
-    items: list[str]
-    number: Tensor
-    internal: Tensor
-    users: list[str]
-
-    @classmethod
-    def of(cls, dataset: Any, log: Log) -> "Names":
-        """Names of a RecBole dataset."""
-        tokens = np.asarray(dataset.field2id_token[dataset.iid_field]).astype(str)
-        order = np.argsort(tokens[1:], kind="stable") + 1
-        internal = torch.from_numpy(np.concatenate([[0], order]))
-        number = torch.empty_like(internal)
-        number[internal] = torch.arange(len(internal))
-        users = dataset.field2id_token[dataset.uid_field]
-        return cls(tokens[order].tolist(), number, internal, [str(users[user]) for user in log.users.tolist()])
-
-
-def fingerprint(log: Log, names: Names, rows: Tensor, history: int) -> dict[str, str]:
-    """Hashes of the parts that make rows what they are.
-
-    Args:
-        log: The log the rows are of.
-        names: Tokens of its users and items.
-        rows: Row numbers, indices into `log.rows()` [M].
-        history: How many last items belong to a row's identity.
-
-    Returns:
-        Part -> hash: `users`, `items` (all tokens), `rows` (which rows, their user and position), `histories`, `targets`.
-    """
-    position = log.rows()[rows]
-    user = log.user_index(position)
-    seen, length = log.history(position, history)
-    numbers = {
-        "rows": {"row": rows, "user": user, "place": position - log.offsets[user]},
-        "histories": {"items": names.number[seen], "length": length},
-        "targets": {"items": names.number[log.items[position]]},
-    }
-    return {
-        "users": digest(names.users),
-        "items": digest(names.items),
-        **{part: tensors_digest(tensors) for part, tensors in numbers.items()},
-    }
-
-
-def titles_digest(dataset: Any, names: Names) -> str | None:
-    """Hash of the titles by item number; None where no title column is loaded."""
-    field = dataset.config["title_field"]
-    if not field or dataset.item_feat is None or field not in dataset.item_feat:
-        return None
-    titles = ItemText.from_dataset(dataset, field).titles
-    return digest([titles[item] for item in names.internal.tolist()])
 
 
 @dataclass

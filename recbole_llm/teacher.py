@@ -15,7 +15,7 @@ from torch import Tensor
 
 from recbole_llm.artifacts import DamagedArtifact, digest, file_digest, read_json, write_json
 from recbole_llm.config import read_yaml, recbole_yaml
-from recbole_llm.item_text import ItemText
+from recbole_llm.identity import data_digest
 from recbole_llm.model import PROPERTIES
 from recbole_llm.prompts import PREAMBLE, Words, answer, prompt
 from recbole_llm.sequences import Log
@@ -96,21 +96,6 @@ def identity(config: Any, labelling: bool) -> dict[str, Any]:
     if config["llm"] and Path(config["llm"]).is_dir():  # a folder's content can change under its name
         settings["llm_files"] = {path.name: path.stat().st_size for path in Path(config["llm"]).iterdir()}
     return settings
-
-
-def data_digest(log: Log, dataset: Any, title_field: str | None) -> str:
-    """Hash of the training log by tokens, and of the titles: two files in another order have the same."""
-    items = [str(token) for token in dataset.field2id_token[dataset.iid_field]]
-    users = dataset.field2id_token[dataset.uid_field]
-    titles = ItemText.from_dataset(dataset, title_field).titles if title_field else ()
-    return digest(
-        {
-            "users": [str(users[user]) for user in log.users.tolist()],
-            "offsets": log.offsets.tolist(),
-            "items": [items[item] for item in log.items.tolist()],
-            "titles": sorted(zip(items, titles, strict=False)),
-        }
-    )
 
 
 def teacher_folder(config: Any, data: str) -> Path:

@@ -55,7 +55,9 @@ def test_a_killed_run_goes_on_where_it_was(ring, monkeypatch):
     monkeypatch.setattr(SequenceTrainer, "_write_resume", killed)
     with pytest.raises(KeyboardInterrupt):
         run("SASRec", ring, checkpoint_dir="parts")
-    monkeypatch.setattr(SequenceTrainer, "_write_resume", lambda self, epoch: epochs.append(epoch) or write(self, epoch))
+    monkeypatch.setattr(
+        SequenceTrainer, "_write_resume", lambda self, epoch: epochs.append(epoch) or write(self, epoch)
+    )
     resumed = run("SASRec", ring, checkpoint_dir="parts")
     assert epochs == [1, 2] and resumed["test_result"] == whole["test_result"]
 
@@ -75,9 +77,9 @@ def test_bigrec_alone_reports_what_it_wrote(ring, tiny_lm):
 
 
 def test_estimate_says_what_and_stops(ring, tiny_lm):
-    plan = run_recbole_llm(
-        "DLLM2Rec", "ring", config_dict=ring_settings(ring, "DLLM2Rec", tiny_lm), estimate=True
-    )["plan"]
+    plan = run_recbole_llm("DLLM2Rec", "ring", config_dict=ring_settings(ring, "DLLM2Rec", tiny_lm), estimate=True)[
+        "plan"
+    ]
     said = " ".join(step.what for step in plan)
     assert "labels 24 of 540 training rows" in said and "SASRec alone" in said
     assert not list(Path("saved").rglob("*.safetensors"))
@@ -112,7 +114,9 @@ def test_a_title_that_begins_with_a_quote_is_named_with_its_line(ring):
 
 def test_a_missing_title_column_is_named(ring, tiny_lm):
     load = {"inter": ["user_id", "item_id", "timestamp"], "item": ["item_id", "title"]}
-    with pytest.raises(ValueError, match="title_field=name: no such column in the item file of 'ring'; columns there: item_id, title"):
+    with pytest.raises(
+        ValueError, match="title_field=name: no such column in the item file of 'ring'; columns there: item_id, title"
+    ):
         run("BIGRec", ring, tiny_lm, title_field="name", load_col=load)
 
 
@@ -140,7 +144,9 @@ def test_an_llm_that_is_nowhere_is_said_so(ring, tmp_path, monkeypatch):
 def test_knowledge_of_other_data_is_refused(ring, tiny_lm, tmp_path):
     run("DLLM2Rec", ring, tiny_lm)
     folder = next(Path("saved/knowledge").iterdir())
-    rewrite(ring / "ring/ring.inter", lambda rows: [*rows, "extra\ti03\t9999", "extra\ti09\t10000", "extra\ti01\t10001"])
+    rewrite(
+        ring / "ring/ring.inter", lambda rows: [*rows, "extra\ti03\t9999", "extra\ti09\t10000", "extra\ti01\t10001"]
+    )
     with pytest.raises(ValueError, match=r"teacher_knowledge=.*it is of other data.*users"):
         run("DLLM2Rec", ring, tiny_lm, teacher_knowledge=str(folder))
 
@@ -163,7 +169,9 @@ def test_a_cut_off_beyond_the_catalogue_is_refused_when_it_was_set(key, ring):
 
 
 def test_the_command_tells_faults_without_a_traceback(ring, capsys):
-    code = main(["--model=DLLM2Rec", "--dataset=ring", f"--data_path={ring}", "--lerning_rate=1", "--distil_weight=0.5"])
+    code = main(
+        ["--model=DLLM2Rec", "--dataset=ring", f"--data_path={ring}", "--lerning_rate=1", "--distil_weight=0.5"]
+    )
     said = capsys.readouterr().err
     assert code == 2 and "Traceback" not in said
     assert said.strip().splitlines() == [
