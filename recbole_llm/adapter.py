@@ -51,6 +51,7 @@ class Adapter:
             # peft finds out by itself that GPT-2 stores its projections transposed, and says so
             warnings.filterwarnings("ignore", message=".*fan_in_fan_out")
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
+            warnings.filterwarnings("ignore", message=".*base_model_name_or_path")
             self._model = peft.get_peft_model(plain, settings).eval()
         self._settings.base_model_name_or_path = name
 
@@ -67,7 +68,7 @@ class Adapter:
             raise ValueError("This is no LoRA adapter of ours: it needs tensors of one rank, and lora_alpha.")
         with torch.random.fork_rng(devices=[]):
             adapter = cls(plain, ranks.pop(), float(state[ALPHA]), 0.0, name)
-        expected = {key: value.shape for key, value in peft.get_peft_model_state_dict(adapter._model).items()}
+        expected = {key: value.shape for key, value in _tensors(adapter._model).items()}
         if expected != {key: value.shape for key, value in tensors.items()}:
             raise ValueError(f"The adapter was made for another model than {name}: names or shapes differ.")
         peft.set_peft_model_state_dict(adapter._model, tensors)
@@ -89,13 +90,13 @@ class Adapter:
 
     def state(self) -> dict[str, torch.Tensor]:
         """The adapter's tensors by name, and alpha, which they do not tell."""
-        tensors = peft.get_peft_model_state_dict(self._model)
+        tensors = _tensors(self._model)
         alpha = torch.tensor(float(self._settings.lora_alpha))
         return {**{name: value.detach().cpu().clone() for name, value in tensors.items()}, ALPHA: alpha}
 
     def save(self, folder: str | Path) -> None:
         """Write the adapter as peft does: safetensors and a JSON of its settings."""
-        self._model.save_pretrained(str(folder))
+        self._model.save_pretrained(str(folder), save_embedding_layers=False)
 
     def merge_into(self, plain: nn.Module, pretrained: nn.Module) -> None:
         """Add the adapter's product to a network's weights, which spares its two extra layers when it writes.
@@ -109,6 +110,11 @@ class Adapter:
                 old = plain.get_submodule(name).weight
                 weight = pretrained.get_submodule(name).weight.float() + module.get_delta_weight("default").float()
                 plain.get_submodule(name).weight = nn.Parameter(weight.detach().to(old.dtype), requires_grad=False)
+
+
+def _tensors(model: peft.PeftModel) -> dict[str, torch.Tensor]:
+    """The adapter's tensors; peft would ask the hub whether the vocabulary had grown, which LoRA never changes here."""
+    return peft.get_peft_model_state_dict(model, save_embedding_layers=False)
 
 
 def lora_targets(network: torch.nn.Module) -> list[str] | str:

@@ -107,6 +107,16 @@ def read_metadata(path: str | Path) -> dict[str, str]:
         ) from error
 
 
+def cached_tensor(path: str | Path, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """A tensor from its file; made and written if the file is missing or damaged."""
+    try:
+        return read_tensors(path)["tensor"]
+    except (FileNotFoundError, DamagedArtifact, KeyError):
+        tensor = make()
+        write_tensors(path, {"tensor": tensor})
+        return tensor
+
+
 def digest(value: Any, length: int = 16) -> str:
     """Hexadecimal SHA-256 of a JSON-able value, independent of the order of keys; the first `length` digits."""
     text = json.dumps(plain(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False)

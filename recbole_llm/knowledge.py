@@ -6,7 +6,7 @@ data that are not the teacher's. The released DLLM2Rec pipeline joins teacher an
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from recbole_llm.artifacts import (
     DamagedArtifact,
+    cached_tensor,
     digest,
     file_digest,
     read_json,
@@ -423,16 +424,6 @@ def item_vectors(config: Any, train_data: Any, valid_data: Any) -> Tensor:
         file, lambda: encode(config["teacher_embedding"], titles, config["device"], config["show_progress"])
     )
     return vectors[names.number]
-
-
-def cached_tensor(file: Path, make: Callable[[], Tensor]) -> Tensor:
-    """A tensor from its file, made and written if the file is missing or damaged."""
-    try:
-        return read_tensors(file)["tensor"]
-    except (FileNotFoundError, DamagedArtifact):
-        tensor = make()
-        write_tensors(file, {"tensor": tensor})
-        return tensor
 
 
 def encode(name: str, titles: list[str], device: Any, progress: bool) -> Tensor:

@@ -62,7 +62,7 @@ def run_recbole_llm(
     init_logger(config)
     logger = logging.getLogger()
     folder = run_folder(config)
-    with log_into(folder):
+    with log_into(folder, config["state"]):
         logger.info(f"{config['model']} on {config['dataset']}; everything about this run is in {folder}/")
         data = load_data(config)
         steps = plan.steps(config, data)
@@ -183,9 +183,14 @@ def run_folder(config: Config) -> Path:
 
 
 @contextmanager
-def log_into(folder: Path) -> Iterator[None]:
-    """While this lasts, RecBole's log is also written into the run's folder."""
+def log_into(folder: Path, level: str) -> Iterator[None]:
+    """While this lasts, RecBole's log is also written into the run's folder.
+
+    RecBole's `init_logger` sets no level where logging was set up before (a notebook, a test runner), so it is set here.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    before = logging.getLogger().level
+    logging.getLogger().setLevel((level or "info").upper())
     handler = logging.FileHandler(folder / "run.log", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     handler.addFilter(RemoveColorFilter())
@@ -194,6 +199,7 @@ def log_into(folder: Path) -> Iterator[None]:
         yield
     finally:
         logging.getLogger().removeHandler(handler)
+        logging.getLogger().setLevel(before)
         handler.close()
 
 

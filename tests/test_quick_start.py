@@ -28,7 +28,7 @@ def test_dllm2rec_has_three_lines_and_the_second_time_they_come_from_the_cache(r
     assert {"config.json", "results.json", "table.txt", "run.log", "model.safetensors", "model.json"} <= {
         path.name for path in folder.iterdir()
     }
-    assert "This run is going to:" in (folder / "run.log").read_text()
+    assert "This run is going to:" in (folder / "run.log").read_text(encoding="utf-8")
     again = run("DLLM2Rec", ring, tiny_lm, state="info")
     assert all(line.cached for line in again["lines"]) and again["test_result"] == first["test_result"]
     other = run("DLLM2Rec", ring, tiny_lm, distill_weight=0.7)

@@ -7,6 +7,7 @@ Differs from the authors' code: one prompt function for training and inference; 
 that its distance is exactly 0; gamma of the re-weighting is chosen once on validation, not per metric and cut-off.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from recbole.data.dataloader import FullSortEvalDataLoader
 from recbole.utils import InputType
 from torch import Tensor
 
+from recbole_llm.artifacts import cached_tensor, digest
 from recbole_llm.checkpoint import SUFFIX
 from recbole_llm.config import check_topk, choice
 from recbole_llm.grounding import Grounder, best_gamma, popularity_weight, reweight
@@ -132,10 +134,14 @@ class BIGRec(Teacher):
 
     def item_embeddings(self) -> Tensor:
         """Vectors of all titles by internal id, row 0 zero [n_items, d]; equal titles have equal vectors."""
-        missing = sorted(self.catalogue - self.shared.vectors.keys())
-        if missing:
-            vectors = self.encoder.embed(missing, progress=self.config["show_progress"], description="Embed titles")
-            self.shared.vectors.update(zip(missing, vectors, strict=True))
+        if not self.shared.vectors:
+            titles, encoder, config = sorted(self.catalogue), self.encoder, self.config
+            file = f"{config['dataset']}-{digest({'encoder': encoder.digest, 'titles': titles})}.safetensors"
+            vectors = cached_tensor(
+                Path(config["checkpoint_dir"]) / "item_vectors" / file,
+                lambda: encoder.embed(titles, progress=config["show_progress"], description="Embed titles"),
+            )
+            self.shared.vectors = dict(zip(titles, vectors, strict=True))
         table = torch.stack([self.shared.vectors[title] for title in self.text.titles[1:]])
         return torch.cat([torch.zeros_like(table[:1]), table])
 
@@ -299,7 +305,7 @@ class BIGRecTrainer(SequenceTrainer):
         self.model.outputs.clear()
         rows = chosen_rows(eval_data._dataset, self.config["teacher_eval_rows"], self.config["teacher_seed"])
         self.evaluated_rows = rows.tolist() if len(rows) < len(eval_data._dataset) else None
-        result = super().evaluate(some_of(eval_data, rows), load_best_model, model_file, show_progress)
+        result = super().evaluate(some_of(eval_data, rows, self.config), load_best_model, model_file, show_progress)
         self.legality = self.model.legality()
         self.legality["without_repeats"] = self._without_repeats(eval_data._dataset[rows])
         shares = ", ".join(f"{name} {value:.1%}" for name, value in self.legality.items() if isinstance(value, float))
@@ -348,13 +354,17 @@ def eval_rows(loader: Any, count: int, seed: int) -> Any:
     return dataset[chosen_rows(dataset, count, seed)]
 
 
-def some_of(loader: Any, rows: Tensor) -> Any:
-    """A loader over some rows of another full-ranking loader; the same loader if that is all of them."""
-    if len(rows) == len(loader._dataset):
-        return loader
-    if not isinstance(loader, FullSortEvalDataLoader):
+def some_of(loader: Any, rows: Tensor, config: Any) -> Any:
+    """A loader over some rows of another full-ranking loader, in the batches of `config`.
+
+    Raises:
+        ValueError: A part of the rows is asked for, and the loader ranks sampled items only.
+    """
+    if isinstance(loader, FullSortEvalDataLoader):
+        dataset = loader._dataset.copy(loader._dataset.inter_feat[rows])
+        return FullSortEvalDataLoader(config, dataset, loader._sampler, shuffle=False)
+    if len(rows) < len(loader._dataset):
         raise ValueError(
             "teacher_eval_rows: a sample of rows needs full ranking. Set eval_args mode to full or teacher_eval_rows to 0."
         )
-    dataset = loader._dataset.copy(loader._dataset.inter_feat[rows])
-    return FullSortEvalDataLoader(loader.config, dataset, loader._sampler, shuffle=False)
+    return loader
