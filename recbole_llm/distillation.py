@@ -123,15 +123,19 @@ def propensity_scores(counts: Tensor) -> Tensor:
     return pi
 
 
-def principal_components(vectors: Tensor, width: int, std: float, generator: torch.Generator | None = None) -> Tensor:
-    """First principal components of the item vectors, scaled to one standard deviation over all. Returns [n_items, width].
+def principal_components(
+    vectors: Tensor, width: int, std: float, whiten: bool = False, generator: torch.Generator | None = None
+) -> Tensor:
+    """First principal components of the item vectors, scaled to one standard deviation. Returns [n_items, width].
 
-    The scale matters more than whitening: RecBole's .02 loses most of the gain, .1 keeps it.
+    The scale matters: RecBole's .02 loses most of the gain, .1 keeps it. Hidden states of LLMs have a few huge directions;
+    unless `whiten` makes all components equally large, those are the whole table.
 
     Args:
         vectors: One vector per item, row 0 padding [n_items, d].
         width: Components wanted; components that the vectors do not have are drawn at random.
         std: Standard deviation of the table.
+        whiten: Whether every component has it, instead of the table as a whole.
         generator: Source of the random rest.
     """
     real = vectors[1:].double()
@@ -143,7 +147,7 @@ def principal_components(vectors: Tensor, width: int, std: float, generator: tor
     signs = torch.sign(directions.gather(1, directions.abs().argmax(dim=1, keepdim=True)))
     parts = centred @ (directions * signs)[:width].T
     table = torch.zeros(len(vectors), width, dtype=torch.float64)
-    table[1:, : parts.shape[1]] = parts / parts.std().clamp_min(1e-12)
+    table[1:, : parts.shape[1]] = parts / (parts.std(dim=0) if whiten else parts.std()).clamp_min(1e-12)
     if parts.shape[1] < width:
         table[1:, parts.shape[1] :] = torch.randn(
             len(real), width - parts.shape[1], generator=generator, dtype=torch.float64

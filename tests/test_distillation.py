@@ -175,6 +175,11 @@ def test_principal_components_have_the_scale_and_span_of_the_first_directions():
     assert table[1:, 0].std() > 1.5 * table[1:, 1].std(), "whitened components lose their weight"
 
 
+def test_whitened_components_are_equally_large():
+    vectors = torch.randn(50, 6, generator=torch.Generator().manual_seed(1)) * torch.tensor([100.0, 5, 1, 1, 1, 1])
+    assert principal_components(vectors, 4, 0.1, whiten=True)[1:].std(dim=0).tolist() == pytest.approx([0.1] * 4)
+
+
 def test_principal_components_do_not_depend_on_the_signs_of_the_library(monkeypatch):
     vectors = torch.randn(20, 6, generator=torch.Generator().manual_seed(1))
     before = principal_components(vectors, 4, 0.1)
@@ -204,7 +209,7 @@ def test_components_that_the_vectors_do_not_have_are_drawn():
     few = torch.randn(20, 2, generator=torch.Generator().manual_seed(1)) @ torch.randn(
         2, 30, generator=torch.Generator().manual_seed(2)
     )
-    draw = [principal_components(few, 8, 0.1, torch.Generator().manual_seed(seed)) for seed in (5, 5, 6)]
+    draw = [principal_components(few, 8, 0.1, False, torch.Generator().manual_seed(seed)) for seed in (5, 5, 6)]
     assert torch.equal(draw[0], draw[1]) and not torch.equal(draw[0][:, 2:], draw[2][:, 2:])
     assert torch.equal(draw[0][:, :2], draw[2][:, :2]), "the components that exist do not depend on the seed"
     assert draw[0][1:].std(dim=0).min() > 0.05, "a direction that only rounding has is no component"

@@ -100,7 +100,9 @@ def test_init_starts_from_the_components_and_is_a_plain_table(ring):
     parts.model.teach(vectors, seed=7)
     table = parts.model.student.item_embedding
     assert type(table) is nn.Embedding
-    assert torch.equal(table.weight.data, principal_components(vectors, 32, 0.1, torch.Generator().manual_seed(7)))
+    assert torch.equal(
+        table.weight.data, principal_components(vectors, 32, 0.1, True, torch.Generator().manual_seed(7))
+    )
 
 
 @pytest.mark.parametrize("embedding", ["none", "init", "input", "tied"])
@@ -130,6 +132,19 @@ def test_predict_is_a_column_of_full_sort_predict(ring, embedding):
     with torch.no_grad():
         expected = scores_of(parts).gather(1, rows["item_id"].unsqueeze(1)).squeeze(1)
         assert torch.allclose(parts.model.predict(rows), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("embedding", ["input", "tied"])
+def test_every_part_of_a_taught_table_is_trained(ring, embedding):
+    """The parts come after the optimizer was made; z never moves."""
+    knowledge = ask(prepared(ring), "kn")
+    before, after = (
+        distilled(ring, knowledge, distill_embedding=embedding, learning_rate=rate).model.student.item_embedding
+        for rate in (0.0, 0.01)
+    )
+    moved = {name for name, value in after.named_parameters() if not torch.equal(value, before.get_parameter(name))}
+    assert moved == {"offset", "projector.weight", "projector.bias"} | ({"output"} if embedding == "input" else set())
+    assert torch.equal(before.vectors, after.vectors)
 
 
 def test_padding_rows_stay_zero_and_are_never_ranked(ring):
@@ -170,7 +185,8 @@ def test_every_mode_trains(ring, mode):
     knowledge = ask(prepared(ring), "kn")
     parts = distilled(ring, knowledge, distill_mode=mode, epochs=8, saved=True)
     assert all(map(math.isfinite, parts.trainer.train_loss_dict.values()))
-    assert parts.trainer.train_loss_dict[7] < parts.trainer.train_loss_dict[0]
+    first, *_, last = parts.trainer.train_loss_dict.values()
+    assert last < first
     assert parts.trainer.evaluate(parts.test)["hit@5"] > 0.9
     if mode == "off":
         assert parts.trainer.attached is None
@@ -591,6 +607,25 @@ def test_the_check_of_a_student_leaves_no_trace(ring):
 def test_more_candidates_than_the_catalogue_has(ring):
     with pytest.raises(ValueError, match="distill_topk=30: more than the catalogue holds; there are 24 items"):
         student(prepared(ring, distill_topk=30))
+
+
+@pytest.mark.parametrize("mode", ["code", "paper"])
+def test_short_lists_of_the_teacher_carry_no_weight_where_they_end(noise, tmp_path, mode):
+    """Item 0 means "no candidate", also for all candidates of a row."""
+    knowledge = ask(prepared(noise, **NOISE), tmp_path / "kn")
+    items = knowledge.items.clone()
+    items[:, 3:] = 0
+    items[::4] = 0
+    short = rewritten(knowledge, tmp_path / "short", items=items)
+    parts = distilled(noise, short, **NOISE, distill_mode=mode)
+    assert math.isfinite(losses(parts))
+    trainer, attached = parts.trainer, parts.trainer.attached
+    logits = torch.randn(len(items), 25, generator=torch.Generator().manual_seed(0))
+    weight = trainer._weights(logits, attached.items, attached.score, trainer.row_confidence)
+    assert bool((weight[attached.items == 0] == 0).all()) and bool((weight[attached.items > 0] > 0).all())
+    if mode == "code":
+        whole = torch.ones(len(items)).index_fill(0, torch.arange(0, len(items), 4), 0.0)
+        assert torch.allclose(weight.sum(dim=1), whole, atol=1e-5)
 
 
 def test_fewer_candidates_than_the_knowledge_has(noise):

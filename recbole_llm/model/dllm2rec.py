@@ -56,6 +56,7 @@ class Distillation:
     position_beta: float = 1.0
     temperature: float | str = "auto"
     embedding_std: float = 0.1
+    embedding_whiten: bool = True
     offset: bool = True
     robust_beta: float = 1.0
 
@@ -228,7 +229,9 @@ class DLLM2Rec(SequentialRecommender):
         table = self.student.item_embedding
         if self.settings.embedding == "init":
             generator = torch.Generator().manual_seed(seed)
-            start = principal_components(vectors, table.embedding_dim, self.settings.embedding_std, generator)
+            start = principal_components(
+                vectors, table.embedding_dim, self.settings.embedding_std, self.settings.embedding_whiten, generator
+            )
             table.weight.data.copy_(start)
         elif self.settings.embedding in ("input", "tied"):
             self.student.item_embedding = TaughtTable(table, vectors, self.settings).to(table.weight.device)
