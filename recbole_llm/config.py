@@ -144,6 +144,9 @@ def load_layers(
         layers["train_neg_sample_args"] = None  # RecBole's sequential models with full softmax refuse negatives
     faults += unknown_settings(config, known, ours, dataset, model)
     faults += missing_files(config, dataset)
+    for key in (f"{role}_config" for role in ROLES if role in ours):
+        if (file := config.external_config_dict.get(key)) and not Path(file).is_file():
+            faults.append(f"{key}={file}: no such file. Set {key} to a yaml file, or leave it empty.")
     if faults:
         raise ValueError("\n".join(faults))
 

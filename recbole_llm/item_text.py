@@ -94,7 +94,8 @@ class ItemText:
             ids = cell if hasattr(cell, "__len__") else [cell]
             raw[int(item)] = blank.join(str(words[int(word)]) for word in ids if word)
         text = cls.from_raw(raw, tokens)
-        if text.missing:
+        if text.missing and not getattr(dataset, "untitled_were_counted", False):
+            dataset.untitled_were_counted = True  # the titles are read at several stages of a run, the warning once
             logging.getLogger(__name__).warning(
                 f"{text.missing} of {len(text) - 1} items of '{dataset.dataset_name}' have no text in the column "
                 f"'{field}'; each is called '{text.titles[text.untitled[0]]}' or the like."

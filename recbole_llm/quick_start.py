@@ -14,7 +14,7 @@ from recbole.utils import get_model, init_logger, init_seed
 from recbole.utils.logger import RemoveColorFilter
 
 from recbole_llm import knowledge, plan, report, teacher
-from recbole_llm.artifacts import DamagedArtifact, digest
+from recbole_llm.artifacts import DamagedArtifact, digest, file_digest
 from recbole_llm.checkpoint import settings_of
 from recbole_llm.config import Config, check_topk
 from recbole_llm.item_text import check_quotes
@@ -174,12 +174,20 @@ def finished(folder: Path) -> report.Line | None:
 
 
 def run_folder(config: Config) -> Path:
-    """The folder of a run: named by the settings that shape its outcome, so the same command finds it again."""
-    settings = {key: value for key, value in settings_of(config).items() if key not in NOT_IDENTITY}
+    """The folder of a run: named by all that shapes its outcome, so the same command finds it again.
+
+    That is the settings, and the content of the data files, of a given Knowledge and of a given teacher.
+    """
+    named = {key: value for key, value in settings_of(config).items() if key not in NOT_IDENTITY}
+    files = sorted(Path(config["data_path"]).glob(f"{config['dataset']}.*"))
     if config["distill_mode"] == "off":
-        settings = {key: value for key, value in settings.items() if not key.startswith("teacher")}
+        named = {key: value for key, value in named.items() if not key.startswith("teacher")}
+    else:
+        given = [Path(config["teacher_knowledge"] or "") / "manifest.json", Path(config["teacher_checkpoint"] or "")]
+        files += [file for file in given if file.is_file()]
+    named["files"] = {file.name: file_digest(file) for file in files if file.is_file()}
     name = config["student"] if config["distill_mode"] == "off" else config["model"]
-    return Path(config["checkpoint_dir"]) / "runs" / f"{name}-{config['dataset']}-{digest(settings, 10)}"
+    return Path(config["checkpoint_dir"]) / "runs" / f"{name}-{config['dataset']}-{digest(named, 10)}"
 
 
 @contextmanager

@@ -85,6 +85,13 @@ def test_a_reader_never_sees_a_file_under_its_name_before_it_is_whole(tmp_path):
     assert os.stat(tmp_path / "new" / "a.txt").st_mode & 0o777 == 0o644
 
 
+def test_whoever_reads_the_old_file_reads_it_to_its_end(tmp_path):
+    """The new file takes the name; the old one is not written over."""
+    with open(write_text(tmp_path / "a.txt", "old")) as reader:
+        write_text(tmp_path / "a.txt", "new")
+        assert reader.read() == "old"
+
+
 @pytest.mark.parametrize("content", [b"", b'{"a": 1', b"\xff\xfe\x00", b"not json"])
 def test_damaged_json_is_named(tmp_path, content):
     file = tmp_path / "a.json"

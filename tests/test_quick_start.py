@@ -42,6 +42,13 @@ def test_resume_false_trains_the_students_anew_and_gives_the_same(ring):
     assert not anew["lines"][0].cached and anew["test_result"] == first["test_result"]
 
 
+def test_other_data_under_the_same_name_are_another_run(ring):
+    run("SASRec", ring)
+    rewrite(ring / "ring/ring.inter", lambda rows: [row for row in rows if not row.startswith("u5")])
+    (line,) = run("SASRec", ring)["lines"]
+    assert not line.cached and len(line.ranks) == 50
+
+
 def test_a_killed_run_goes_on_where_it_was(ring, monkeypatch):
     from recbole_llm.trainer import SequenceTrainer
 
@@ -166,6 +173,11 @@ def test_damaged_knowledge_is_built_again(ring, tiny_lm):
 def test_a_cut_off_beyond_the_catalogue_is_refused_when_it_was_set(key, ring):
     with pytest.raises(ValueError, match=rf"{key}=.*: more than the catalogue holds; there are 24 items"):
         run("DLLM2Rec", ring, distill_mode="off", **{key: [1, 10, 30] if key == "topk" else 30})
+
+
+def test_a_missing_file_of_the_teachers_settings_is_named_at_once(ring):
+    with pytest.raises(ValueError, match=r"teacher_config=gone.yaml: no such file"):
+        run("DLLM2Rec", ring, teacher_config="gone.yaml")
 
 
 def test_the_command_tells_faults_without_a_traceback(ring, capsys):
