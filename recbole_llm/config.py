@@ -33,8 +33,8 @@ UNDECLARED = {
 
 # What a teacher shares with the student it teaches: the data, the protocol and the machine, never the training.
 SHARED = {
-    *general_arguments, *evaluation_arguments, *dataset_arguments, "title_field", "threads", "allow_keys", "eval_args", "device",
-    "numerical_features", "encoding", "resume", "worker",
+    *general_arguments, *dataset_arguments, *(set(evaluation_arguments) - {"eval_batch_size"}),
+    "title_field", "threads", "allow_keys", "numerical_features", "encoding", "resume", "worker",
 }  # fmt: skip
 
 
@@ -142,7 +142,12 @@ def load_layers(
         and "train_neg_sample_args" not in config.external_config_dict
     ):
         layers["train_neg_sample_args"] = None  # RecBole's sequential models with full softmax refuse negatives
-    faults += unknown_settings(config, known, ours, dataset, model)
+    positions = config.external_config_dict.get("positions", layers["positions"])
+    if positions not in POSITIONS:
+        faults.append(
+            f"positions={positions}: no such choice{guess(positions, POSITIONS)} There is {', '.join(POSITIONS)}. Set positions."
+        )
+    faults += unknown_settings(config, known | handed_on(config, ours), ours, dataset, model)
     faults += missing_files(config, dataset)
     for key in (f"{role}_config" for role in ROLES if role in ours):
         if (file := config.external_config_dict.get(key)) and not Path(file).is_file():
@@ -183,6 +188,17 @@ def unknown_settings(
 
 
 ROLES = ("teacher",)
+POSITIONS = ("auto", "all", "last")
+
+
+def handed_on(config: RecBoleConfig, ours: Mapping[str, Any]) -> set[str]:
+    """Keys that belong to the data, not to a model, and are handed to whoever works for this one: the words of prompts."""
+    keys: set[str] = set()
+    for role in ROLES:
+        if role in ours:
+            name = config.external_config_dict.get(role, ours[role])
+            keys |= {key for key in read_yaml(PROPERTIES / "model" / f"{name}.yaml") if key.startswith("prompt_")}
+    return keys
 
 
 def wrong_role_settings(config: RecBoleConfig, role: str, name: str, dataset: str, known: set[str]) -> list[str]:
@@ -248,7 +264,7 @@ def role_config(config: RecBoleConfig, role: str) -> Config:
     name = config[role]
     declared = set(read_yaml(PROPERTIES / "model" / f"{name}.yaml")) | set(read_yaml(PROPERTIES / "overall.yaml"))
     own = set(read_yaml(PROPERTIES / "model" / f"{config['model']}.yaml"))
-    settings = {key: value for key, value in config.final_config_dict.items() if key in SHARED and key != "device"}
+    settings = {key: value for key, value in config.final_config_dict.items() if key in SHARED}
     if config["dataset"] == "ml-100k":
         settings.pop("data_path", None)
     elif "data_path" in settings:  # RecBole has joined the data set's name to it
@@ -257,6 +273,11 @@ def role_config(config: RecBoleConfig, role: str) -> Config:
     for key, value in config.external_config_dict.items():
         if key.startswith(f"{role}_") and key not in own:
             settings[key.removeprefix(f"{role}_")] = value
+    settings |= {
+        key: value
+        for key, value in config.external_config_dict.items()
+        if key in declared and key.startswith("prompt_")
+    }
     settings["seed"] = config[f"{role}_seed"]
     settings.setdefault("show_progress", config["show_progress"])
     file = config[f"{role}_config"]

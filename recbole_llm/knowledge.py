@@ -430,5 +430,7 @@ def encode(name: str, titles: list[str], device: Any, progress: bool) -> Tensor:
     """Vectors of titles by a text encoder; the first title is the padding's, whose vector is 0 [n, d]."""
     from recbole_llm.lm import LanguageModel  # rule: with vectors on disk, no LLM library is imported
 
-    vectors = LanguageModel.load(name, device=device).embed(titles[1:], progress=progress, description="Embed titles")
+    vectors = LanguageModel.load(name, device=device, key="teacher_embedding").embed(
+        titles[1:], progress=progress, description="Embed titles"
+    )
     return torch.cat([torch.zeros_like(vectors[:1]), vectors])

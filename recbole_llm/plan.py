@@ -36,7 +36,7 @@ def steps(config: Any, data: tuple) -> list[Step]:
         config: Our Config.
         data: RecBole's training, validation and test loaders.
     """
-    train_data, valid_data, test_data = data
+    train_data, test_data = data.train, data.test
     rate = multiplications_per_second()
     targets = len(train_data._dataset)
     if config["llm"]:
@@ -57,7 +57,7 @@ def steps(config: Any, data: tuple) -> list[Step]:
 def teaching(config: Any, train_data: Any, test_rows: int, rate: float) -> list[Step]:
     """Stages of the teacher: tuning, labelling, testing; those that are on disk take no time."""
     request = knowledge.Request.of(config, train_data._dataset)
-    if request.exists and config["resume"]:
+    if request.exists:
         return [Step(f"Take the Knowledge from {request.folder}", None)]
     name, targets = config["teacher"], len(train_data._dataset)
     rows = _some(config["teacher_rows"], targets)

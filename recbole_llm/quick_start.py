@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from recbole.data import create_dataset, data_preparation
@@ -16,10 +16,10 @@ from recbole.utils.logger import RemoveColorFilter
 from recbole_llm import knowledge, plan, report, teacher
 from recbole_llm.artifacts import DamagedArtifact, digest, file_digest
 from recbole_llm.checkpoint import settings_of
-from recbole_llm.config import Config, check_topk
+from recbole_llm.config import Config, check_topk, role_config
 from recbole_llm.item_text import check_quotes
 from recbole_llm.model.dllm2rec import Distillation
-from recbole_llm.trainer import trainer_class
+from recbole_llm.trainer import SequenceTrainer, trainer_class
 
 # Settings that change what is printed or where it runs, but not what comes out.
 NOT_IDENTITY = {
@@ -69,15 +69,25 @@ def run_recbole_llm(
         logger.info(plan.text(steps))
         if estimate:
             return {"plan": steps, "folder": str(folder)}
+        refuse_early(config, data)
         if config["student"] and config["distill_mode"] != "off":
             lines = distillation(config, data)
         else:
             lines = [single(config, data, f"{config['student']} alone" if config["student"] else config["model"])]
-        return conclude(config, folder, lines)
+        return conclude(config, folder, lines, data.ties)
 
 
-def load_data(config: Config) -> tuple:
-    """RecBole's training, validation and test loaders."""
+class Data(NamedTuple):
+    """RecBole's three loaders, and the share of interactions whose time another one of the same user has, too."""
+
+    train: Any
+    valid: Any
+    test: Any
+    ties: float
+
+
+def load_data(config: Config) -> Data:
+    """Read and split the data as RecBole does, and count what a reader of the results has to know."""
     if config["dataset"] != "ml-100k":
         for file in Path(config["data_path"]).glob(f"{config['dataset']}.i*"):
             check_quotes(file, config["field_separator"], config["encoding"] or "utf-8")
@@ -87,23 +97,43 @@ def load_data(config: Config) -> tuple:
     single = int((dataset.inter_feat[dataset.uid_field].value_counts() == 1).sum())
     if single:
         logging.getLogger().warning(f"{single} users have one interaction only: there is nothing to predict for them.")
-    return data_preparation(config, dataset)
+    ties = dataset.inter_feat.duplicated([dataset.uid_field, dataset.time_field], keep=False).mean()
+    return Data(*data_preparation(config, dataset), float(ties))
 
 
-def distillation(config: Config, data: tuple) -> list[report.Line]:
+def refuse_early(config: Config, data: Data) -> None:
+    """Build every model and trainer of the run once, so that what they refuse is said before any work, not after the teacher's.
+
+    Raises:
+        ValueError: A setting, a student or a teacher cannot work.
+    """
+    asks = (
+        config["student"] and Distillation.from_config(config).asks_teacher(config) and not config["teacher_knowledge"]
+    )
+    for each in [config, *([knowledge.Request.of(config, data.train._dataset).config] if asks else [])]:
+        model = get_model(each["model"])(each, data.train._dataset).to(each["device"])
+        if not issubclass(trainer_class(each), SequenceTrainer):
+            raise ValueError(
+                f"model={each['model']}: it has a trainer of its own, or is no sequential model; this runner trains RecBole's sequential "
+                "models and ours. Run it with RecBole's run_recbole, which `import recbole_llm` leaves as it is."
+            )
+        trainer_class(each)(each, model)
+
+
+def distillation(config: Config, data: Data) -> list[report.Line]:
     """Teacher, Knowledge, the student alone, the distilled student: the lines of DLLM2Rec's table."""
     lines = []
     if Distillation.from_config(config).asks_teacher(config) and not config["teacher_knowledge"]:
-        known = knowledge.ensure(config, data[0], data[1])
+        known = knowledge.ensure(config, data.train, data.valid)
         lines.append(teacher_line(config, data, known))
     lines.append(single(alone(config), data, f"{config['student']} alone"))
     lines.append(single(config, data, f"{config['student']} distilled"))
     return lines
 
 
-def teacher_line(config: Config, data: tuple, known: knowledge.Knowledge) -> report.Line:
+def teacher_line(config: Config, data: Data, known: knowledge.Knowledge) -> report.Line:
     """The teacher's own test metrics, on its sample of test rows; from its folder if they are there."""
-    train_data, valid_data, test_data = data
+    train_data, valid_data, test_data = data.train, data.valid, data.test
     request = knowledge.Request.of(config, train_data._dataset)
     protocol = {key: config[key] for key in ("teacher_eval_rows", "topk", "metrics", "eval_args")}
     folder = request.folder / f"test-{digest(protocol)}"
@@ -113,7 +143,13 @@ def teacher_line(config: Config, data: tuple, known: knowledge.Knowledge) -> rep
     trainer = trainer_class(request.config)(request.config, trained)
     line = evaluated(trainer, test_data, f"{config['teacher']} (teacher)", load_best_model=False)
     line.seconds |= {"train": teacher.seconds_of(request.teacher_folder), "label": known.manifest["seconds"]}
-    line.notes |= {"labelled": known.manifest["rows"], "provenance": known.manifest["provenance"]}
+    line.notes["knowledge"] = {
+        "tuned": request.config["train_rows"] or "all",
+        "labelled": known.manifest["rows"],
+        "training_rows": len(train_data._dataset),
+        "folder": str(request.folder),
+        "provenance": known.manifest["provenance"],
+    }
     line.save(folder)
     return line
 
@@ -128,12 +164,13 @@ def alone(config: Config) -> Config:
     return Config(config["model"], config["dataset"], None, settings, read_argv=False)
 
 
-def single(config: Config, data: tuple, name: str) -> report.Line:
+def single(config: Config, data: Data, name: str) -> report.Line:
     """Train and test one model; a finished run of the same settings is taken from its folder, a stopped one goes on."""
-    train_data, valid_data, test_data = data
+    train_data, valid_data, test_data = data.train, data.valid, data.test
     folder = run_folder(config)
     if config["resume"] and (line := finished(folder)):
         return line
+    (folder / "metrics.json").unlink(missing_ok=True)  # until this training has ended, there is no result
     init_seed(config["seed"], config["reproducibility"])
     train_data.generator.manual_seed(config["seed"])  # a stage before may have drawn from it
     model = get_model(config["model"])(config, train_data._dataset).to(config["device"])
@@ -185,6 +222,11 @@ def run_folder(config: Config) -> Path:
     else:
         given = [Path(config["teacher_knowledge"] or "") / "manifest.json", Path(config["teacher_checkpoint"] or "")]
         files += [file for file in given if file.is_file()]
+        if config["student"]:
+            chosen = Distillation.from_config(config)
+            named["distillation"] = vars(chosen)
+            if chosen.asks_teacher(config) and not config["teacher_knowledge"]:
+                named["taught by"] = teacher.identity(role_config(config, "teacher"), labelling=True)
     named["files"] = {file.name: file_digest(file) for file in files if file.is_file()}
     name = config["student"] if config["distill_mode"] == "off" else config["model"]
     return Path(config["checkpoint_dir"]) / "runs" / f"{name}-{config['dataset']}-{digest(named, 10)}"
@@ -211,9 +253,10 @@ def log_into(folder: Path, level: str) -> Iterator[None]:
         handler.close()
 
 
-def conclude(config: Config, folder: Path, lines: list[report.Line]) -> dict[str, Any]:
+def conclude(config: Config, folder: Path, lines: list[report.Line], ties: float) -> dict[str, Any]:
     """Print the table, write the run's folder, and return what RecBole's `run_recbole` returns, and more."""
-    text = report.summary(lines, config["metrics"], config["topk"], config["valid_metric"])
+    protocol = report.protocol_sentence(config["eval_args"], ties, config["data_note"])
+    text = report.summary(lines, config["metrics"], config["topk"], config["valid_metric"], protocol)
     report.write_run(folder, settings_of(config), text, lines)
     logging.getLogger().info(f"Results, also in {folder}/table.txt:\n{text}")
     last = lines[-1]

@@ -151,11 +151,36 @@ def legality_sentences(line: Line) -> list[str]:
         f"{line.name} without the {without['repeat_rows']} rows whose target is a repeat: "
         + ", ".join(f"{name} {value:.4f}" for name, value in without["metrics"].items())
         + f" on {without['rows']} rows.",
+        f"{said['shared_titles']} items share their title with another one; in {said['twin_rows']} rows such an item is the target and "
+        "counts as the first of its title.",
         f"Weights: {line.notes['weights']['llm']}.",
     ]
 
 
-def summary(lines: Sequence[Line], metrics: Sequence[str], topk: Sequence[int], valid_metric: str) -> str:
+def teaching_sentences(line: Line) -> list[str]:
+    """On how many rows a teacher's line rests, and where its Knowledge is."""
+    facts = line.notes.get("knowledge")
+    if not facts:
+        return []
+    return [
+        f"{line.name} was tuned on {facts['tuned']} and labelled {facts['labelled']} of {facts['training_rows']} training rows, and was "
+        f"tested on {len(line.ranks)} test rows, all drawn with its own seed. Knowledge: {facts['folder']}"
+    ]
+
+
+def protocol_sentence(eval_args: dict[str, Any], ties: float, note: str | None) -> str:
+    """How the lines were evaluated, and what has to be known of the data."""
+    split = ", ".join(f"{kind}={how}" for kind, how in eval_args["split"].items())
+    return (
+        f"Protocol: RecBole's split {split} in the order {eval_args['order']}, test mode {eval_args['mode']['test']}, items of the history "
+        f"kept; students are selected on validation rows, LLMs by their answer loss there. {ties:.1%} of the interactions share their time "
+        f"with another one of the same user and keep the order of the file.{' ' + note if note else ''}"
+    )
+
+
+def summary(
+    lines: Sequence[Line], metrics: Sequence[str], topk: Sequence[int], valid_metric: str, protocol: str = ""
+) -> str:
     """All that is printed at the end of a run."""
     parts = [main_table(lines, metrics, topk)]
     if len(lines) > 1:
@@ -168,11 +193,8 @@ def summary(lines: Sequence[Line], metrics: Sequence[str], topk: Sequence[int], 
         if metric.lower() in SINGLE_TARGET and lines[-1].rows == lines[-2].rows:
             parts.append(gain_sentence(lines[-1], lines[-2], metric, int(k)))
     for line in lines:
-        parts += legality_sentences(line)
-    parts.append(
-        "Protocol: RecBole's split and full ranking, items of the history kept, epoch selected on validation rows."
-    )
-    return "\n".join(parts)
+        parts += [*teaching_sentences(line), *legality_sentences(line)]
+    return "\n".join([*parts, protocol] if protocol else parts)
 
 
 def write_run(folder: Path, settings: dict[str, Any], text: str, lines: Sequence[Line]) -> None:

@@ -58,12 +58,15 @@ def rank(model: SequentialRecommender, batch: Any, k: int) -> tuple[Tensor, Tens
         k: Items per row, at most the size of the catalogue.
 
     Returns:
-        items [B, k], their score [B, k], score of the target [B]; the padding id is never among the items.
+        items [B, k], their score [B, k], score of the target [B]; the padding id is never among the items. A model that
+        re-weights its ranking (`plain_scores`) is asked for the scores before that: they say how sure it is.
     """
     scores = model.full_sort_predict(batch).view(len(batch), -1).float().clone()
     scores[:, 0] = float("-inf")
-    score, items = scores.topk(k, dim=1)
-    return items, score, scores.gather(1, batch[model.ITEM_ID].unsqueeze(1)).squeeze(1)
+    items = scores.topk(k, dim=1).indices
+    plain = getattr(model, "plain_scores", None)
+    plain = scores if plain is None else plain
+    return items, plain.gather(1, items), plain.gather(1, batch[model.ITEM_ID].unsqueeze(1)).squeeze(1)
 
 
 def item_table(model: SequentialRecommender) -> Tensor:
@@ -87,14 +90,16 @@ def identity(config: Any, labelling: bool) -> dict[str, Any]:
     keys = (keys | {*training_arguments, "seed", "title_field"}) - NOT_IDENTITY
     if "teacher_history" not in keys:  # what has a history of its own does not depend on the student's rows
         keys.add("MAX_ITEM_LIST_LENGTH")
-    if not labelling:
+    if not labelling and config["ground_reweight"] in (None, "none"):  # gamma is chosen when the teacher is trained
         keys = {key for key in keys if not key.startswith(LABELLING)}
     settings = {"model": name, **{key: config[key] for key in sorted(keys)}}
     if config["prompt_lead"]:  # the template itself stands in code
         words = Words(config["prompt_instruction"], config["prompt_lead"], config["prompt_preamble"] or PREAMBLE)
         settings["prompt"] = [prompt(words, ["first", "second"]), answer("third")]
     if config["llm"] and Path(config["llm"]).is_dir():  # a folder's content can change under its name
-        settings["llm_files"] = {path.name: path.stat().st_size for path in Path(config["llm"]).iterdir()}
+        settings["llm_files"] = {
+            path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in Path(config["llm"]).iterdir()
+        }
     return settings
 
 

@@ -20,6 +20,7 @@ from torch.nn import functional
 from recbole_llm import checkpoint
 from recbole_llm.artifacts import DamagedArtifact
 from recbole_llm.checkpoint import config_from_settings, read_checkpoint, write_checkpoint
+from recbole_llm.config import POSITIONS
 from recbole_llm.item_text import ItemText
 from recbole_llm.sequences import (
     Fields,
@@ -36,7 +37,6 @@ from recbole_llm.sequences import (
 
 __all__ = ["SequenceTrainer", "config_from_settings", "read_checkpoint", "write_checkpoint"]
 
-POSITIONS = ("auto", "all", "last")
 DEFAULT_OVERLAP = 10
 
 
@@ -91,6 +91,8 @@ class SequenceTrainer(Trainer):
         self._writes_every_epoch = False
         self._resumed: tuple[dict[str, Tensor], dict[str, Any]] | None = None
         self.evaluator = KeepsRanks(config)
+        if config["threads"]:
+            torch.set_num_threads(config["threads"])
         self.evaluated_rows: list[int] | None = None
         self.state_folder: Path | None = None
 

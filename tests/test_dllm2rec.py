@@ -476,8 +476,8 @@ def test_a_teacher_that_was_tuned_on_every_row_is_refused(noise):
         ValueError,
         match="teacher_trained_rows=drop: the teacher was trained on every row .* Set teacher_trained_rows=keep",
     ):
-        distilled(noise, knowledge, **NOISE)
-    distilled(noise, knowledge, **NOISE, teacher_trained_rows="keep")
+        distilled(noise, knowledge, **NOISE, distill_ranking="softmax")
+    distilled(noise, knowledge, **NOISE, distill_ranking="softmax", teacher_trained_rows="keep")
 
 
 def test_scores_of_a_recbole_teacher_are_not_taken_for_distances(noise, tmp_path):
@@ -485,10 +485,10 @@ def test_scores_of_a_recbole_teacher_are_not_taken_for_distances(noise, tmp_path
     knowledge = ask(prepared(noise, **NOISE), tmp_path / "kn")
     shift = {"score": knowledge.score + 40, "target_score": knowledge.target_score + 40}
     logits = rewritten(knowledge, tmp_path / "logits", **shift)
-    runs = [distilled(noise, each, **NOISE, **STILL) for each in (knowledge, logits)]
+    runs = [distilled(noise, each, **NOISE, **STILL, distill_ranking="softmax") for each in (knowledge, logits)]
     assert runs[0].trainer.temperature == -knowledge.target_score.median().item()
     assert (runs[1].trainer.row_confidence > 0.01).float().mean() > 0.5
-    set_by_hand = distilled(noise, knowledge, **NOISE, **STILL, distill_temperature=3.5)
+    set_by_hand = distilled(noise, knowledge, **NOISE, **STILL, distill_ranking="softmax", distill_temperature=3.5)
     assert set_by_hand.trainer.temperature == 3.5
 
 
@@ -634,6 +634,6 @@ def test_fewer_candidates_than_the_knowledge_has(noise):
     attached = attach(knowledge, parts.train._dataset, 2, 10)
     assert attached.items.shape == attached.score.shape == (len(knowledge.row), 2)
     assert (
-        distilled(noise, knowledge, **NOISE, **STILL, distill_topk=2).trainer.places.tolist()
+        distilled(noise, knowledge, **NOISE, **STILL, distill_ranking="softmax", distill_topk=2).trainer.places.tolist()
         == position_weight(2, 1.0).tolist()
     )

@@ -20,8 +20,10 @@ from recbole_llm.report import (
     legality_sentences,
     main_table,
     paired_gain,
+    protocol_sentence,
     row_metric,
     summary,
+    teaching_sentences,
     write_run,
 )
 from recbole_llm.trainer import KeepsRanks
@@ -34,6 +36,11 @@ def settings(ring):
     """A stock Config that asks for the metrics above."""
     chosen = {"data_path": str(ring), "train_neg_sample_args": None, "state": "error", "metric_decimal_place": 10}
     return Config("SASRec", "ring", None, chosen | {"metrics": METRICS, "topk": TOPK})
+
+
+PROTOCOL = protocol_sentence(
+    {"split": {"LS": "valid_and_test"}, "order": "TO", "mode": {"test": "full"}}, 0.25, "Made up."
+)
 
 
 def judged(ranks) -> DataStruct:
@@ -185,7 +192,7 @@ def test_the_gain_is_said_with_rows_seed_and_verdict():
 
 def test_the_summary_holds_everything_that_a_run_says():
     lines = [line("teacher", [0], rows=[2], cached=True), line("alone", [0, 1, -1]), line("distilled", [0, 0, 4])]
-    text = summary(lines, ["Recall", "NDCG"], [1, 10], "NDCG@10")
+    text = summary(lines, ["Recall", "NDCG"], [1, 10], "NDCG@10", PROTOCOL)
     for part in (
         "cache",
         "this run",
@@ -195,18 +202,25 @@ def test_the_summary_holds_everything_that_a_run_says():
         "Protocol: ",
     ):
         assert part in text
-    single = summary(lines[1:2], ["Recall"], [1], "NDCG@10")
+    single = summary(lines[1:2], ["Recall"], [1], "NDCG@10", PROTOCOL)
     assert "same test rows" not in single and "Protocol: " in single
 
 
 @pytest.mark.parametrize("metric", ["MAP@10", "Precision@5", "AUC", "ItemCoverage@10"])
 def test_a_metric_without_a_value_per_row_does_not_end_a_long_run(metric):
-    text = summary([line("a"), line("b")], ["Recall", metric.partition("@")[0]], [5, 10], metric)
+    text = summary([line("a"), line("b")], ["Recall", metric.partition("@")[0]], [5, 10], metric, PROTOCOL)
     assert "Protocol: " in text and " against " not in text
 
 
 def test_what_an_llm_wrote_stands_under_the_table():
-    said = {"rows": 40, "catalogue_titles": 0.95, "repeats_history": 0.1, "distinct": 0.5}
+    said = {
+        "rows": 40,
+        "catalogue_titles": 0.95,
+        "repeats_history": 0.1,
+        "distinct": 0.5,
+        "shared_titles": 4,
+        "twin_rows": 1,
+    }
     said["without_repeats"] = {"rows": 38, "repeat_rows": 2, "metrics": {"recall@10": 0.25}}
     teacher = line("BIGRec", notes={"legality": said, "weights": {"llm": "some/model from a folder"}})
     text = "\n".join(legality_sentences(teacher))
@@ -246,3 +260,12 @@ def test_the_folder_of_a_run(tmp_path):
     assert read_json(tmp_path / "config.json") == {"seed": 3, "device": "cpu"}
     assert [each["name"] for each in read_json(tmp_path / "results.json")["lines"]] == ["a", "b"]
     assert (tmp_path / "table.txt").read_text() == "the table\n"
+
+
+def test_the_protocol_and_the_rows_of_a_teacher_are_said():
+    assert "split LS=valid_and_test in the order TO, test mode full" in PROTOCOL
+    assert "25.0% of the interactions share their time" in PROTOCOL and PROTOCOL.endswith("Made up.")
+    facts = {"tuned": 384, "labelled": 1200, "training_rows": 97171, "folder": "saved/knowledge/x"}
+    (said,) = teaching_sentences(line("BIGRec", notes={"knowledge": facts}))
+    assert "tuned on 384 and labelled 1200 of 97171 training rows" in said and said.endswith("saved/knowledge/x")
+    assert teaching_sentences(line()) == []

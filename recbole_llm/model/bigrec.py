@@ -7,20 +7,22 @@ Differs from the authors' code: one prompt function for training and inference; 
 that its distance is exactly 0; gamma of the re-weighting is chosen once on validation, not per metric and cut-off.
 """
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from recbole.data.dataloader import FullSortEvalDataLoader
-from recbole.utils import InputType
+from recbole.utils import InputType, get_model
 from torch import Tensor
 
 from recbole_llm.artifacts import cached_tensor, digest
-from recbole_llm.checkpoint import SUFFIX
+from recbole_llm.checkpoint import SUFFIX, read_checkpoint
 from recbole_llm.config import check_topk, choice
-from recbole_llm.grounding import Grounder, best_gamma, popularity_weight, reweight
+from recbole_llm.grounding import INDEXES, METRICS, Grounder, best_gamma, min_max, popularity_weight, reweight
 from recbole_llm.item_text import ItemText
 from recbole_llm.prompts import PREAMBLE, Words, answer, prompt, read_answer
+from recbole_llm.recommend import SavedCatalogue
 from recbole_llm.report import SINGLE_TARGET, row_metric
 from recbole_llm.sequences import Log
 from recbole_llm.teacher import Teacher, sample_of_rows
@@ -34,6 +36,7 @@ class Shared:
         self.lm = None
         self.encoder = None
         self.grounder: Grounder | None = None
+        self.collaborator = None
         self.vectors: dict[str, Tensor] = {}
 
     def __deepcopy__(self, memo):
@@ -62,7 +65,19 @@ class BIGRec(Teacher):
         self.text = ItemText.from_dataset(dataset, config["title_field"])
         self.words = Words(config["prompt_instruction"], config["prompt_lead"], config["prompt_preamble"] or PREAMBLE)
         self.history_items = config["teacher_history"]
-        self.reweight = choice(config, "ground_reweight", ("none", "popularity"))
+        self.reweight = choice(config, "ground_reweight", ("none", "popularity", "collaborative"))
+        choice(config, "ground_metric", METRICS)
+        choice(config, "ground_index", INDEXES)
+        choice(config, "llm_dtype", ("auto", "float32", "bfloat16"))
+        if find_spec("faiss") is None:
+            raise ValueError(
+                "model=BIGRec: grounding needs FAISS, which is not installed. Install it: pip install faiss-cpu"
+            )
+        if self.reweight == "collaborative" and not Path(config["ground_collaborator"] or "").is_file():
+            raise ValueError(
+                f"ground_collaborator={config['ground_collaborator']}: no such file; ground_reweight=collaborative needs a sequential "
+                "model of ours. Set ground_collaborator to its .safetensors file, or ground_reweight to none or popularity."
+            )
         if self.history_items > self.max_seq_length:
             raise ValueError(
                 f"teacher_history={self.history_items}: RecBole keeps {self.max_seq_length} items of a history only. Set "
@@ -71,6 +86,8 @@ class BIGRec(Teacher):
         counts = torch.bincount(dataset.inter_feat[self.ITEM_ID].long(), minlength=self.n_items)
         self.popularity = popularity_weight(counts)
         self.gamma = 0.0
+        self.plain_scores: Tensor | None = None
+        self.tuned_on = (config["train_rows"], config["teacher_seed"])
         self.duplicates = {item for items in self.text.duplicates().values() for item in items}
         self.catalogue = set(self.text.titles[1:])
         self.outputs: list[tuple[str, bool, bool]] = []
@@ -106,7 +123,7 @@ class BIGRec(Teacher):
         if self.shared.encoder is None:
             from recbole_llm.lm import LanguageModel
 
-            self.shared.encoder = LanguageModel.load(name, device=self.device)
+            self.shared.encoder = LanguageModel.load(name, device=self.device, key="ground_encoder")
         return self.shared.encoder
 
     @property
@@ -129,7 +146,7 @@ class BIGRec(Teacher):
     def trained_on(self, n_rows: int) -> Tensor:
         """Which training rows the LLM is tuned on; bool [n_rows]."""
         flags = torch.zeros(n_rows, dtype=torch.bool)
-        flags[sample_of_rows(n_rows, self.config["train_rows"], self.config["teacher_seed"])] = True
+        flags[sample_of_rows(n_rows, *self.tuned_on)] = True
         return flags
 
     def item_embeddings(self) -> Tensor:
@@ -166,10 +183,11 @@ class BIGRec(Teacher):
     def vectors_of(self, titles: list[str]) -> Tensor:
         """Vectors of written titles [B, d]; a title of the catalogue is never embedded again, an empty text is its mean."""
         table = self.item_embeddings()
-        unknown = sorted({title for title in titles if title} - self.shared.vectors.keys())
+        new, unknown = {}, sorted({title for title in titles if title} - self.shared.vectors.keys())
         if unknown:
-            self.shared.vectors.update(zip(unknown, self.encoder.embed(unknown), strict=True))
-        return torch.stack([self.shared.vectors[title] if title else table[1:].mean(dim=0) for title in titles])
+            new = dict(zip(unknown, self.encoder.embed(unknown), strict=True))
+        known = self.shared.vectors | new
+        return torch.stack([known[title] if title else table[1:].mean(dim=0) for title in titles])
 
     def full_sort_predict(self, interaction):
         """Minus the distance from the written title to every item [B, n_items]; re-weighted if the settings say so."""
@@ -179,13 +197,44 @@ class BIGRec(Teacher):
         self.outputs += [
             (title, title in self.catalogue, title in past) for title, past in zip(titles, seen, strict=True)
         ]
-        scores = self.grounder.scores(self.vectors_of(titles))
-        if self.gamma:
-            scores = -reweight(-scores, self.popularity, self.gamma)
-        scores[:, 0] = (
-            scores[:, 1:].min(dim=1).values - 1
-        )  # RecBole sets the padding to -inf; a finite row is its contract
-        return scores.to(self.device)
+        scores = self.plain_scores = self.grounded(self.vectors_of(titles)).to(self.device)
+        if self.gamma and self.reweight != "none":
+            scores = with_finite_padding(-reweight(-scores, self.statistics(interaction), self.gamma))
+        return scores.clone()  # RecBole writes into what it is given
+
+    def grounded(self, vectors: Tensor) -> Tensor:
+        """Score of every item [B, n_items]; items that an approximate index does not find stand below all that it finds."""
+        if self.config["ground_index"] == "exact":
+            return with_finite_padding(self.grounder.scores(vectors))
+        items, score = self.grounder.search(vectors, min(self.config["ground_found"], self.n_items - 1))
+        score = score.masked_fill(items == 0, score[torch.isfinite(score)].min() - 1)
+        below = (score.min(dim=1, keepdim=True).values - 1).expand(-1, self.n_items)
+        return with_finite_padding(below.scatter(1, items, score))
+
+    def statistics(self, interaction) -> Tensor:
+        """BIGRec's W: popularity [n_items], or what another recommender says of these rows, min-max per row [B, n_items]."""
+        if self.reweight == "popularity":
+            return self.popularity.to(self.device)
+        if self.shared.collaborator is None:
+            self.shared.collaborator = self._load_collaborator()
+        with torch.no_grad():
+            scores = self.shared.collaborator.full_sort_predict(interaction).view(len(interaction), -1)
+        weight = torch.zeros_like(scores)
+        weight[:, 1:] = min_max(scores[:, 1:])
+        return weight
+
+    def _load_collaborator(self):
+        file = self.config["ground_collaborator"]
+        saved = read_checkpoint(file, self.device)
+        if list(saved["meta"]["items"]) != list(self.text.tokens):
+            raise ValueError(
+                f"ground_collaborator={file}: was trained on other items than these data have, or in another order. Train it on the "
+                "same data files."
+            )
+        catalogue = SavedCatalogue(self.ITEM_ID, self.n_items, saved["meta"]["n_users"])
+        model = get_model(saved["config"]["model"])(saved["config"], catalogue).to(self.device)
+        model.load_state_dict(saved["state_dict"])
+        return model.eval()
 
     def predict(self, interaction):
         """Score of the batch's own items [B]."""
@@ -226,12 +275,13 @@ class BIGRec(Teacher):
         self.pending = dict(state_dict)
 
     def other_parameter(self):
-        """What was chosen on validation."""
-        return {"gamma": self.gamma}
+        """What was chosen on validation, and which rows the LLM was tuned on (number and seed)."""
+        return {"gamma": self.gamma, "tuned_on": list(self.tuned_on)}
 
     def load_other_parameter(self, para):
         """Take what was chosen on validation."""
         self.gamma = (para or {}).get("gamma", 0.0)
+        self.tuned_on = tuple((para or {}).get("tuned_on", self.tuned_on))
 
 
 class BIGRecTrainer(SequenceTrainer):
@@ -275,7 +325,7 @@ class BIGRecTrainer(SequenceTrainer):
         loss = result["best_valid_loss"] if valid else result["train_loss"][-1]
         self.best_valid_result = {"answer_loss": loss}
         self.best_valid_score = -loss  # RecBole takes the larger score for the better one
-        if model.reweight == "popularity" and valid:
+        if model.reweight != "none" and valid:
             self._choose_gamma(valid)
         if saved:
             self._save_checkpoint(-1, verbose=verbose)
@@ -291,22 +341,25 @@ class BIGRecTrainer(SequenceTrainer):
     def _choose_gamma(self, valid):
         model = self.model
         model.gamma = 0.0
-        distances = -model.full_sort_predict(valid)
+        valid = valid.to(model.device)
+        distances = -model.full_sort_predict(valid).cpu()
         distances[:, 0] = float("inf")
         model.gamma, ndcg = best_gamma(
-            distances.cpu(), model.popularity, valid[model.ITEM_ID].cpu(), self.config["ground_gammas"]
+            distances, model.statistics(valid).cpu(), valid[model.ITEM_ID].cpu(), self.config["ground_gammas"]
         )
         self.logger.info(
-            f"gamma={model.gamma} for popularity, chosen on {len(valid)} validation rows (NDCG@20 {ndcg:.4f})."
+            f"gamma={model.gamma} for {model.reweight}, chosen on {len(valid)} validation rows (NDCG@20 {ndcg:.4f})."
         )
 
     def evaluate(self, eval_data, load_best_model=True, model_file=None, show_progress=False):
         """Like RecBole's, on `teacher_eval_rows` seeded rows; also keeps what the LLM's outputs were like."""
         self.model.outputs.clear()
+        self.twin_rows = 0
         rows = chosen_rows(eval_data._dataset, self.config["teacher_eval_rows"], self.config["teacher_seed"])
         self.evaluated_rows = rows.tolist() if len(rows) < len(eval_data._dataset) else None
         result = super().evaluate(some_of(eval_data, rows, self.config), load_best_model, model_file, show_progress)
         self.legality = self.model.legality()
+        self.legality |= {"shared_titles": len(self.model.duplicates), "twin_rows": self.twin_rows}
         self.legality["without_repeats"] = self._without_repeats(eval_data._dataset[rows])
         shares = ", ".join(f"{name} {value:.1%}" for name, value in self.legality.items() if isinstance(value, float))
         self.logger.info(f"What the LLM wrote for {self.legality['rows']} rows: {shares}.")
@@ -329,10 +382,18 @@ class BIGRecTrainer(SequenceTrainer):
         """Like RecBole's; among items of one title the target counts as the first, as in the authors' evaluation."""
         interaction, scores, positive_u, positive_i = super()._full_sort_batch_eval(batched_data)
         twins = [row for row, item in enumerate(positive_i.tolist()) if item in self.model.duplicates]
+        self.twin_rows += len(twins)
         for row in twins:
             user, item = positive_u[row], positive_i[row]
             scores[user, item] = torch.nextafter(scores[user, item], torch.tensor(float("inf"), device=scores.device))
         return interaction, scores, positive_u, positive_i
+
+
+def with_finite_padding(scores: Tensor) -> Tensor:
+    """Scores whose padding item is last; RecBole sets it to -inf itself, and a finite row is the contract."""
+    scores = scores.clone()
+    scores[:, 0] = scores[:, 1:].min(dim=1).values - 1
+    return scores
 
 
 def row_order(dataset: Any) -> Tensor:

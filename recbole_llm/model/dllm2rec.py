@@ -66,6 +66,8 @@ class Distillation:
         mode = config["distill_modes"][choice(config, "distill_mode", config["distill_modes"])]
         given = {field.name: config[f"distill_{field.name}"] for field in fields(cls)}
         merged = {name: mode.get(name) if value is None else value for name, value in given.items()}
+        if given["ranking"] is None and merged["ranking"] in FITTING.values():
+            merged["ranking"] = FITTING[merged["base"]] if merged["base"] in FITTING else merged["ranking"]
         for name, allowed in CHOICES.items():
             choice({f"distill_{name}": merged[name]}, f"distill_{name}", allowed)
         if merged["negative"] and merged["base"] != "bce":
@@ -89,6 +91,8 @@ class Distillation:
         return self.uses_rows or (self.uses_vectors and config["teacher_embedding"] == "auto")
 
 
+# The ranking term of a mode fits the base loss, also one that was set by hand.
+FITTING = {"softmax": "softmax", "bce": "sigmoid"}
 CHOICES = {
     "base": ("softmax", "bce"),
     "ranking": ("none", "sigmoid", "softmax", "kl"),
@@ -131,7 +135,7 @@ class TaughtTable(nn.Module):
         self.amount = settings.embedding_weight
         self.offset = nn.Parameter(start.clone()) if settings.offset else None
         self.output = nn.Parameter(table.output.detach().clone()) if untied else None
-        self.projector = nn.Linear(vectors.shape[1], start.shape[1])
+        self.projector = nn.Linear(vectors.shape[1], start.shape[1], device=start.device)
         self.register_buffer("vectors", vectors.to(start), persistent=False)
         with torch.no_grad():
             nn.init.zeros_(self.projector.bias)
