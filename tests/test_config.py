@@ -496,3 +496,28 @@ def test_the_values_in_the_yaml_are_the_ones_that_arrive(base):
 def test_a_class_in_place_of_a_name_is_taken(base):
     config = Config(SASRec, "ring", None, base | {"train_neg_sample_args": None}, read_argv=False)
     assert config["model"] == "SASRec" and config.model_class is SASRec
+
+
+def test_words_of_prompts_are_handed_on_to_the_teacher(base):
+    words = {"prompt_lead": "Seen so far:"}
+    assert role_config(make(base, **words), "teacher")["prompt_lead"] == "Seen so far:"
+    assert "prompt_lead=Seen so far:" in faults(base, model="SASRec", **words)
+
+
+def test_the_teacher_keeps_its_own_evaluation_batches(base):
+    config = make(base)
+    assert config["eval_batch_size"] == 4096 and role_config(config, "teacher")["eval_batch_size"] == 64
+
+
+def test_the_ranking_term_of_a_mode_fits_the_base_that_was_set(base):
+    def ranking(**settings):
+        return Distillation.from_config(make(base, **settings)).ranking
+
+    assert ranking(distill_mode="paper") == "sigmoid"
+    assert ranking(distill_mode="paper", distill_base="softmax") == "softmax"
+    assert ranking(distill_mode="paper", distill_base="softmax", distill_ranking="kl") == "kl"
+    assert ranking() == "none"
+
+
+def test_positions_are_checked_before_any_work(base):
+    assert "positions=al: no such choice; did you mean 'all'" in faults(base, model="SASRec", positions="al")
