@@ -521,3 +521,8 @@ def test_the_ranking_term_of_a_mode_fits_the_base_that_was_set(base):
 
 def test_positions_are_checked_before_any_work(base):
     assert "positions=al: no such choice; did you mean 'all'" in faults(base, model="SASRec", positions="al")
+
+
+def test_the_data_sets_of_the_readme_have_their_yaml():
+    """An ignore rule once kept them out of every clone."""
+    assert {"ml-100k", "ml-1m", "amazon-beauty", "amazon-games"} <= {p.stem for p in (PROPERTIES / "dataset").iterdir()}
