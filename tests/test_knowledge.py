@@ -346,6 +346,7 @@ def test_a_student_trains_the_same_whether_its_knowledge_was_there_or_not(ring, 
         "teacher_embedding_size": 16,
     }
     settings = teacher | {"teacher_hidden_size": 16, "student": "STAMP", "distill_embedding": "none"}
+    settings |= {"distill_ranking": "softmax"}
     runs = []
     for _ in range(2):
         torch.manual_seed(len(runs))
@@ -442,7 +443,7 @@ sys.path.insert(0, {str(ROOT)!r})
 import recbole_llm
 from tests.oracle import distilled
 from recbole_llm import Knowledge, load_recommender
-parts = distilled({str(ring)!r}, Knowledge.load("kn"), saved=True, distill_embedding="init")
+parts = distilled({str(ring)!r}, Knowledge.load("kn"), saved=True, distill_embedding="init", distill_ranking="softmax")
 parts.trainer.evaluate(parts.test)
 load_recommender(parts.trainer.saved_model_file).recommend(["i03"], 2)
 assert parts.trainer.attached.labelled == 540
@@ -462,5 +463,5 @@ def test_a_manifest_of_unknown_parts_is_damaged(ring):
 
 
 def test_knowledge_for_some_rows_teaches_those_only(ring):
-    parts = distilled(ring, ask(prepared(ring), "kn", rows=100), learning_rate=0.0)
+    parts = distilled(ring, ask(prepared(ring), "kn", rows=100), learning_rate=0.0, distill_ranking="softmax")
     assert parts.trainer.attached.labelled == 100 and parts.trainer.attached.total == 600
