@@ -189,7 +189,9 @@ class LanguageModel:
         self._need_causal("tuned")
         pairs = [Pair(*pair) for pair in self._tokens.of_pairs(prompts, answers, max_length)]
         valid = [Pair(*pair) for pair in self._tokens.of_pairs(valid_prompts, valid_answers, max_length)]
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+        devices = [self.device] if self.device.type == "cuda" else []
+        # RecBole's sine.py switches anomaly detection on for the whole process; it makes tuning several times slower
+        with torch.random.fork_rng(devices=devices), torch.autograd.set_detect_anomaly(False):
             torch.manual_seed(seed)
             adapter = Adapter(self._plain(), rank, alpha, dropout, self.name)
             result = fit(

@@ -300,28 +300,26 @@ class BIGRecTrainer(SequenceTrainer):
         self.logger.info(
             f"Tuning {config['llm']} with LoRA on {len(rows)} rows, stopping on {len(valid) if valid else 0} validation rows."
         )
-        # RecBole's sine.py switches anomaly detection on for everything in the process; it makes tuning several times slower
-        with torch.autograd.set_detect_anomaly(False):
-            result = model.lm.tune(
-                model.prompts(histories),
-                [answer(title) for title in model.text.of(log.items[rows])],
-                model.prompts(valid[model.ITEM_SEQ]) if valid else [],
-                [answer(title) for title in model.text.of(valid[model.ITEM_ID])] if valid else [],
-                learning_rate=config["learning_rate"],
-                epochs=config["epochs"],
-                batch_size=config["train_batch_size"],
-                rank=config["lora_rank"],
-                alpha=config["lora_alpha"],
-                dropout=config["lora_dropout"],
-                train_on_prompt=config["lora_train_on_prompt"],
-                warmup_steps=config["lora_warmup_steps"],
-                patience=config["stopping_step"],
-                evals_per_epoch=config["lora_evals_per_epoch"],
-                max_length=config["lora_max_length"],
-                seed=config["teacher_seed"],
-                state_folder=self.state_folder if saved else None,
-                progress=show_progress,
-            )
+        result = model.lm.tune(
+            model.prompts(histories),
+            [answer(title) for title in model.text.of(log.items[rows])],
+            model.prompts(valid[model.ITEM_SEQ]) if valid else [],
+            [answer(title) for title in model.text.of(valid[model.ITEM_ID])] if valid else [],
+            learning_rate=config["learning_rate"],
+            epochs=config["epochs"],
+            batch_size=config["train_batch_size"],
+            rank=config["lora_rank"],
+            alpha=config["lora_alpha"],
+            dropout=config["lora_dropout"],
+            train_on_prompt=config["lora_train_on_prompt"],
+            warmup_steps=config["lora_warmup_steps"],
+            patience=config["stopping_step"],
+            evals_per_epoch=config["lora_evals_per_epoch"],
+            max_length=config["lora_max_length"],
+            seed=config["teacher_seed"],
+            state_folder=self.state_folder if saved else None,
+            progress=show_progress,
+        )
         loss = result["best_valid_loss"] if valid else result["train_loss"][-1]
         self.best_valid_result = {"answer_loss": loss}
         self.best_valid_score = -loss  # RecBole takes the larger score for the better one
