@@ -87,7 +87,7 @@ def test_wheel_brings_its_yaml_files(tmp_path, ring, tiny_lm):
         [python, "-m", "pip", "install", "-q", *limits, *map(str, (tmp_path / "dist").glob("*.whl"))], check=True
     )
     file = tmp_path / "ring.json"
-    file.write_text(json.dumps(ring_settings(ring, "DLLM2Rec", tiny_lm)), encoding="utf-8")
+    file.write_text(json.dumps(ring_settings(ring, "DLLM2Rec", tiny_lm, state="info")), encoding="utf-8")
     away = tmp_path / "away"
     away.mkdir()
     run = subprocess.run(
