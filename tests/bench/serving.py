@@ -16,7 +16,7 @@ from recbole.utils import get_model
 from recbole_llm.config import Config
 
 SETTINGS = {"show_progress": False, "state": "error", "distill_ranking": "none", "distill_embedding": "tied"}
-ROUNDS = 40
+ROUNDS = 10
 RESULTS = Path(__file__).parent / "serving.json"
 
 
