@@ -142,11 +142,9 @@ def load_layers(
         and "train_neg_sample_args" not in config.external_config_dict
     ):
         layers["train_neg_sample_args"] = None  # RecBole's sequential models with full softmax refuse negatives
-    positions = config.external_config_dict.get("positions", layers["positions"])
-    if positions not in POSITIONS:
-        faults.append(
-            f"positions={positions}: no such choice{guess(positions, POSITIONS)} There is {', '.join(POSITIONS)}. Set positions."
-        )
+    for key, allowed in CHOICES.items():
+        if (value := config.external_config_dict.get(key, layers[key])) not in allowed:
+            faults.append(no_such_choice(key, value, allowed))
     faults += unknown_settings(config, known | handed_on(config, ours), ours, dataset, model)
     faults += missing_files(config, dataset)
     for key in (f"{role}_config" for role in ROLES if role in ours):
@@ -188,7 +186,13 @@ def unknown_settings(
 
 
 ROLES = ("teacher",)
-POSITIONS = ("auto", "all", "last")
+CHOICES = {
+    "positions": ("auto", "all", "last"),
+    "loss_over": ("all", "sampled", "gbce"),
+    "loss_sampling": ("uniform", "popularity"),
+    "seen_items": ("keep", "mask"),
+}
+"""What the settings that all models share may be."""
 
 
 def handed_on(config: RecBoleConfig, ours: Mapping[str, Any]) -> set[str]:
@@ -292,10 +296,13 @@ def choice(config: RecBoleConfig, key: str, allowed: Iterable[str]) -> str:
     """
     value, allowed = config[key], list(allowed)
     if value not in allowed:
-        raise ValueError(
-            f"{key}={value}: no such choice{guess(value, allowed)} There is {', '.join(map(str, allowed))}. Set {key}."
-        )
+        raise ValueError(no_such_choice(key, value, allowed))
     return value
+
+
+def no_such_choice(key: str, value: Any, allowed: Iterable[str]) -> str:
+    """What to tell whoever set `key` to something that is none of `allowed`."""
+    return f"{key}={value}: no such choice{guess(value, allowed)} There is {', '.join(map(str, allowed))}. Set {key}."
 
 
 def guess(name: Any, known: Iterable[str]) -> str:

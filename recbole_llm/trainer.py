@@ -6,6 +6,7 @@ where the training batches come from; the loops of training and evaluation are R
 
 import shutil
 from collections import OrderedDict
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,23 +18,14 @@ from recbole.utils import ModelType, get_local_time, get_trainer
 from torch import Tensor
 from torch.nn import functional
 
-from recbole_llm import checkpoint
+from recbole_llm import checkpoint, losses
 from recbole_llm.artifacts import DamagedArtifact
+from recbole_llm.causality import forward_arguments, is_causal, sample_rows, states, undisturbed
 from recbole_llm.checkpoint import config_from_settings, read_checkpoint, write_checkpoint
-from recbole_llm.config import POSITIONS
+from recbole_llm.config import CHOICES
 from recbole_llm.item_text import ItemText
-from recbole_llm.sequences import (
-    Fields,
-    Log,
-    WindowLoader,
-    forward_arguments,
-    is_causal,
-    row_positions,
-    sample_rows,
-    states,
-    undisturbed,
-    windows,
-)
+from recbole_llm.layers import fast_layers
+from recbole_llm.sequences import Fields, Log, WindowLoader, row_positions, windows
 
 __all__ = ["SequenceTrainer", "config_from_settings", "read_checkpoint", "write_checkpoint"]
 
@@ -73,7 +65,7 @@ class SequenceTrainer(Trainer):
         continues exactly where the last evaluated epoch ended.
 
     Args:
-        config: RecBole Config; reads `positions`, `window_overlap`, `train_batch_size` (targets), `seed`,
+        config: RecBole Config; reads `positions`, `window_overlap`, `loss_*`, `train_batch_size` (targets), `seed`,
             `MAX_ITEM_LIST_LENGTH`, and what RecBole's Trainer reads.
         model: The model, on its device.
     """
@@ -85,6 +77,8 @@ class SequenceTrainer(Trainer):
         super().__init__(config, model)
         self.saved_model_file = self._free_name(f"{config['model']}-{config['dataset']}-{get_local_time()}")
         self.all_positions = False
+        self.loss_over = config["loss_over"] or "all"
+        self.negatives = torch.Generator().manual_seed(config["seed"] or 0)
         self.loader = None
         self.dataset = None
         self._rows_loader = None
@@ -138,15 +132,46 @@ class SequenceTrainer(Trainer):
     def batch_loss(self, batch) -> Tensor | tuple[Tensor, ...]:
         """Loss of a batch, or several that RecBole adds up and logs one by one.
 
-        Under `positions: all` the mean cross entropy over the targets with loss, all items being candidates; else the
-        model's own.
+        Under `positions: all` the mean over the targets with loss; under `last` the model's own loss, unless `loss_over` asks for
+        another one.
         """
-        if not self.all_positions:
+        if not self.all_positions and self.loss_over == "all":
             return self.model.calculate_loss(batch)
-        targets = batch["target_list"]
-        counts = targets > 0
-        logits = states(self.network, batch)[counts] @ self.network.item_embedding.weight.T
-        return functional.cross_entropy(logits, targets[counts])
+        hidden, target, _ = self.targets_of(batch)
+        return self.item_loss(hidden, target)
+
+    def targets_of(self, batch) -> tuple[Tensor, Tensor, Tensor | None]:
+        """States [T, d] and items [T] of the targets with loss, and their flat rows [T] where the batch has them."""
+        network = self.network
+        if self.all_positions:
+            targets = batch["target_list"]
+            counts = targets > 0
+            return states(network, batch)[counts], targets[counts], batch["row_list"][counts]
+        hidden = network(**forward_arguments(network, batch))
+        return hidden, batch[network.POS_ITEM_ID], batch["row_list"] if self.wants_row_list else None
+
+    def item_loss(self, hidden: Tensor, target: Tensor) -> Tensor:
+        """The mean loss of states [T, d] whose targets are items [T]; `loss_over` says over which other items."""
+        table = self.network.item_embedding.weight
+        if self.loss_over == "all":
+            return losses.full_softmax_loss(hidden, table, target, self.rows_at_a_time)
+        drawn = losses.draw_negatives(self.sampling, self.config["loss_negatives"], self.negatives).to(target.device)
+        if self.loss_over == "gbce":
+            return losses.gbce_loss(hidden, table, target, drawn, self.config["loss_gbce_t"])
+        return losses.sampled_softmax_loss(hidden, table, target, drawn, self.sampling.to(target.device))
+
+    @property
+    def rows_at_a_time(self) -> int:
+        """How many targets are scored at a time."""
+        return losses.rows_at_a_time(self.config["loss_memory"] or 0, self.network.n_items, self.device)
+
+    @cached_property
+    def sampling(self) -> Tensor:
+        """Probability with which each item is drawn as a negative [n_items]."""
+        n_items = self.network.n_items
+        if self.config["loss_sampling"] == "uniform" or self.loss_over == "gbce":
+            return losses.uniform(n_items)
+        return losses.by_popularity(torch.bincount(self.dataset.inter_feat[self.dataset.iid_field], minlength=n_items))
 
     def fault_of_all(self) -> str | None:
         """Why, apart from causality, `batch_loss` at all positions would not be the model's own loss; None if it is."""
@@ -179,15 +204,15 @@ class SequenceTrainer(Trainer):
         return {}
 
     def generator_states(self) -> dict[str, torch.Generator]:
-        """Generators of a subclass that an exact resume has to bring back."""
-        return {}
+        """Generators that an exact resume has to bring back, besides the global ones and the loader's."""
+        return {"negatives": self.negatives}
 
     def _prepare(self, train_data) -> None:
         """Choose between windows and RecBole's rows, say so, and make the loader."""
         asked = self.config["positions"] or "auto"
-        if asked not in POSITIONS:
+        if asked not in CHOICES["positions"]:
             raise ValueError(
-                f"positions={asked}: no such choice; there is {', '.join(POSITIONS)}. "
+                f"positions={asked}: no such choice; there is {', '.join(CHOICES['positions'])}. "
                 "Set positions in a config file or on the command line."
             )
         self.dataset, self._rows_loader = train_data._dataset, train_data
@@ -199,6 +224,11 @@ class SequenceTrainer(Trainer):
                 "Set positions to auto or last in a config file or on the command line."
             )
         self.all_positions = log is not None
+        if log is None and self.loss_over != "all" and (fault := self.fault_of_all()):
+            raise ValueError(
+                f"loss_over={self.loss_over}: {fault}; there is loss_over=all, the model's own loss. "
+                "Set loss_over in a config file or on the command line."
+            )
         if log is None:
             self.loader = train_data
             if self.wants_row_list:
@@ -276,7 +306,8 @@ class SequenceTrainer(Trainer):
         loader = train_data if self.loader is None else self.loader
         # recbole/model/sequential_recommender/sine.py switches anomaly detection on for every model, and it doubles the
         # time of a small step; a loss that is not a number is found by RecBole's loop itself
-        with torch.autograd.set_detect_anomaly(False):
+        faster = fast_layers(self.model) if self.all_positions else nullcontext()
+        with torch.autograd.set_detect_anomaly(False), faster:
             return super()._train_epoch(loader, epoch_idx, loss_func or self.batch_loss, show_progress)
 
     @torch.no_grad()

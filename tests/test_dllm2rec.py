@@ -527,7 +527,8 @@ def test_negatives_know_the_history_of_their_own_position(ring, positions):
     log = Log.from_dataset(parts.train._dataset)
     checked = 0
     for batch in trainer.loader:
-        _, target, row, seen = trainer._logits(batch)
+        _, target, row = trainer.targets_of(batch)
+        seen = trainer._seen(batch)
         history, length = log.history(row, 12)
         assert torch.equal(target, log.items[row])
         for own, kept, count in zip(history.tolist(), seen.tolist(), length.tolist(), strict=True):

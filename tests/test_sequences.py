@@ -1,4 +1,4 @@
-"""The flat log is RecBole's, windows carry each target once, and causality is told from its absence."""
+"""The flat log is RecBole's, and windows carry each target once."""
 
 import random
 
@@ -7,21 +7,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as some
-from recbole.data.interaction import Interaction
 from torch.nn import functional
 
-from recbole_llm.sequences import (
-    Fields,
-    Log,
-    WindowLoader,
-    forward_arguments,
-    is_causal,
-    pack,
-    row_positions,
-    sample_rows,
-    states,
-    windows,
-)
+from recbole_llm.causality import states
+from recbole_llm.sequences import Fields, Log, WindowLoader, pack, pooled, row_positions, windows
 from tests.small_logs import NO_DROPOUT, random_log, stock, write_log
 
 
@@ -165,6 +154,12 @@ def test_batches_are_filled_greedily():
     assert [run.tolist() for run in runs] == [[0, 1], [2], [3], [4, 5]]
 
 
+def test_windows_of_like_length_come_together_within_their_pool():
+    order, length = torch.tensor([3, 0, 4, 1, 2, 5]), torch.tensor([5, 9, 1, 4, 7, 1])
+    assert pooled(order, length, 3).tolist() == [3, 0, 4, 2, 5, 1]
+    assert pooled(order, length, 100).tolist() == [2, 5, 3, 0, 4, 1]
+
+
 def epoch_of(loader):
     return [batch["row_list"].tolist() for batch in loader]
 
@@ -225,80 +220,3 @@ def test_window_states_are_those_of_prefixes_cut_at_the_window_start(tmp_path):
     prefix = torch.where(torch.arange(6) <= at[:, None], batch["item_id_list"][window], 0)
     alone = parts.model(prefix, at + 1)
     assert torch.allclose(every[window, at], alone, atol=1e-5)
-
-
-def test_states_put_the_model_back_even_after_an_error(tmp_path):
-    parts = stock(write_log(tmp_path, "small", random_log()), "small", "STAMP")
-    assert "gather_indexes" not in vars(parts.model)
-    with pytest.raises(RuntimeError):
-        states(parts.model, sample_rows(parts.model))
-    assert "gather_indexes" not in vars(parts.model)
-
-    def mine(output, index):
-        return output
-
-    parts.model.gather_indexes = mine
-    with pytest.raises(RuntimeError):
-        states(parts.model, sample_rows(parts.model))
-    assert parts.model.gather_indexes is mine
-
-
-ON_ROWS = ("SASRec", "GRU4Rec", "NARM", "STAMP", "Caser", "LightSANs", "NextItNet", "SINE", "HGN")
-CAUSAL = {name: name in ("SASRec", "GRU4Rec") for name in (*ON_ROWS, "BERT4Rec")}
-
-
-def random_numbers():
-    return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
-
-
-@pytest.mark.parametrize("model", CAUSAL)
-def test_causality_is_told_and_nothing_is_left_behind(tmp_path, model):
-    settings = {"residual_channels": 16, "block_num": 1} if model == "NextItNet" else {}
-    parts = stock(write_log(tmp_path, "small", random_log()), "small", model, **settings)
-    before, weights = random_numbers(), [weight.clone() for weight in parts.model.parameters()]
-    for training in (True, False):
-        parts.model.train(training)
-        causal, why = is_causal(parts.model)
-        assert causal is CAUSAL[model], why
-        assert model in why and "\n" not in why
-        assert all(module.training is training for module in parts.model.modules())
-    assert random_numbers() == before
-    assert all(torch.equal(a, b) for a, b in zip(weights, parts.model.parameters(), strict=True))
-
-
-def test_a_model_that_peeks_at_later_items_is_caught(tmp_path):
-    """A causal model that adds a little of the mean over all positions; its states have the right shape."""
-    parts = stock(write_log(tmp_path, "small", random_log()), "small")
-    plain_encoder = parts.model.trm_encoder.forward
-
-    def peek(*args, **kwargs):
-        layers = plain_encoder(*args, **kwargs)
-        return [layer + 0.01 * layer.roll(-1, 1) for layer in layers]
-
-    assert is_causal(parts.model)[0]
-    parts.model.trm_encoder.forward = peek
-    assert not is_causal(parts.model)[0]
-
-
-@pytest.mark.parametrize("model", ON_ROWS)
-def test_forward_is_called_on_rows_with_what_it_names(tmp_path, model):
-    settings = {"residual_channels": 16, "block_num": 1} if model == "NextItNet" else {}
-    parts = stock(write_log(tmp_path, "small", random_log()), "small", model, **settings)
-    batch = Interaction(
-        {name: parts.train._dataset.inter_feat[name] for name in ("user_id", "item_id_list", "item_length")}
-    )
-    parts.model.eval()
-    scores = parts.model(**forward_arguments(parts.model, batch)) @ parts.model.item_embedding.weight.T
-    if model not in ("SINE", "HGN"):  # these score by more than a product
-        assert torch.allclose(
-            scores.view(len(batch), -1), parts.model.full_sort_predict(batch).view(len(batch), -1), atol=1e-5
-        )
-
-
-def test_a_forward_that_wants_the_target_is_refused(tmp_path):
-    negatives = {"distribution": "uniform", "sample_num": 1}
-    parts = stock(
-        write_log(tmp_path, "small", random_log()), "small", "FPMC", loss_type="BPR", train_neg_sample_args=negatives
-    )
-    with pytest.raises(ValueError, match="model=FPMC: its forward wants 'next_item'"):
-        forward_arguments(parts.model, sample_rows(parts.model))

@@ -19,6 +19,7 @@ from recbole.utils import InputType, get_model
 from torch import Tensor, nn
 from torch.nn import functional
 
+from recbole_llm.causality import forward_arguments, sample_rows, undisturbed
 from recbole_llm.config import SUITED, check_topk, choice
 from recbole_llm.distillation import (
     candidate_confidence,
@@ -32,7 +33,7 @@ from recbole_llm.distillation import (
     truth_confidence,
 )
 from recbole_llm.knowledge import Attached, attach, ensure, item_vectors
-from recbole_llm.sequences import forward_arguments, sample_rows, states, undisturbed
+from recbole_llm.losses import chunked_loss
 from recbole_llm.trainer import SequenceTrainer
 
 
@@ -296,7 +297,6 @@ class DLLM2RecTrainer(SequenceTrainer):
         super().__init__(config, model)
         self.settings: Distillation = model.settings
         self.attached: Attached | None = None
-        self.negatives = torch.Generator().manual_seed(config["seed"])
         refuse_other_scores(model.student)
 
     @property
@@ -348,42 +348,50 @@ class DLLM2RecTrainer(SequenceTrainer):
 
     def batch_loss(self, batch):
         """Losses of a batch, as RecBole logs them: (base, ranking) or the base alone."""
-        logits, target, row, seen = self._logits(batch)
-        negative = self._negatives(seen, target) if self.settings.base == "bce" else None
-        base = self._base_loss(logits, target, negative)
+        hidden, target, row = self.targets_of(batch)
+        settings = self.settings
+        index = self.attached.index[row] if settings.uses_rows else None
+        negative = self._negatives(self._seen(batch), target) if settings.base == "bce" else None
+        over_all = settings.base == "softmax" and self.loss_over == "all"
+        base = None if over_all or negative is not None else self.item_loss(hidden, target)
+        if index is None and not settings.robust and negative is None:
+            return self.item_loss(hidden, target) if base is None else base
+        labelled = None if index is None else int((index >= 0).sum())
+
+        def terms(scores, chunk):
+            """Shares of the base loss (as far as it is not computed apart) and of the ranking term."""
+            parts = self._base_terms(scores, target[chunk], None if negative is None else negative[chunk], over_all)
+            parts = [sum(parts) / len(target) if parts else scores.sum() * 0]
+            if labelled is not None:
+                ranking = self._ranking(scores, index[chunk], None if negative is None else negative[chunk])
+                parts.append(settings.weight * ranking / max(1, labelled))
+            return tuple(parts)
+
+        first, *others = chunked_loss(hidden, self.network.item_embedding.weight, terms, self.rows_at_a_time)
+        first = first if base is None else first + base
+        return (first, *others) if others else first
+
+    def _seen(self, batch):
+        """Items that each target must not draw as its negative [T, l]."""
+        items = batch[self.network.ITEM_SEQ]
+        if not self.all_positions:
+            return items
+        upto = torch.ones(items.shape[1], items.shape[1], dtype=torch.bool, device=items.device).tril()
+        return (items.unsqueeze(1) * upto)[batch["target_list"] > 0]
+
+    def _base_terms(self, scores, target, negative, over_all):
+        """Sums over some targets of the parts of the base loss that are made of scores over all items."""
+        parts = []
+        if over_all:
+            parts.append(functional.cross_entropy(scores, target, reduction="sum"))
+        if negative is not None:
+            pair = torch.stack([scores.gather(1, target.unsqueeze(1)), scores.gather(1, negative.unsqueeze(1))])
+            wanted = torch.stack([torch.ones_like(pair[0]), torch.zeros_like(pair[1])])
+            parts.append(functional.binary_cross_entropy_with_logits(pair, wanted, reduction="sum") / 2)
         if self.settings.robust:
-            base = (
-                base
-                + self.settings.robust
-                * robust_loss(logits, target.unsqueeze(1), self.propensity, self.settings.robust_beta).mean()
-            )
-        if not self.settings.uses_rows:
-            return base
-        return base, self.settings.weight * self._ranking(logits, row, negative)
-
-    def _logits(self, batch):
-        """Scores [T, n_items], targets [T], flat rows [T] and, per target, the items it must not draw as negative [T, l + 1]."""
-        student = self.network
-        if self.all_positions:
-            targets = batch["target_list"]
-            counts = targets > 0
-            hidden = states(student, batch)[counts]
-            items = batch[student.ITEM_SEQ]
-            upto = torch.ones(items.shape[1], items.shape[1], dtype=torch.bool, device=items.device).tril()
-            seen = (items.unsqueeze(1) * upto)[counts] if self.settings.base == "bce" else None
-            target, row = targets[counts], batch["row_list"][counts]
-        else:
-            hidden = student(**forward_arguments(student, batch))
-            target, row, seen = batch[student.ITEM_ID], batch["row_list"], batch[student.ITEM_SEQ]
-        return hidden @ student.item_embedding.weight.T, target, row, seen
-
-    def _base_loss(self, logits, target, negative):
-        if negative is None:
-            return functional.cross_entropy(logits, target)
-        pair = torch.stack([logits.gather(1, target.unsqueeze(1)), logits.gather(1, negative.unsqueeze(1))])
-        return functional.binary_cross_entropy_with_logits(
-            pair, torch.stack([torch.ones_like(pair[0]), torch.zeros_like(pair[1])])
-        )
+            robust = robust_loss(scores, target.unsqueeze(1), self.propensity, self.settings.robust_beta)
+            parts.append(self.settings.robust * robust.sum())
+        return parts
 
     def _negatives(self, seen, target):
         """One uniform item per target that is neither in its history nor the target, from the trainer's own generator."""
@@ -405,17 +413,16 @@ class DLLM2RecTrainer(SequenceTrainer):
             drawn[wrong] = torch.multinomial(free, 1, generator=self.negatives).squeeze(1).to(drawn.device)
         return drawn
 
-    def _ranking(self, logits, row, negative):
-        """The ranking term, averaged over the labelled rows of the batch; 0 if it has none."""
+    def _ranking(self, logits, index, negative):
+        """The ranking term, summed over the labelled rows among some targets; 0 if there is none."""
         settings, attached = self.settings, self.attached
-        index = attached.index[row]
         has = index >= 0
         if not has.any():
             return logits.sum() * 0.0
         logits, index = logits[has], index[has]
         items, score = attached.items[index], attached.score[index]
         if settings.ranking == "kl":
-            return kl_loss(logits, items, score, self.temperature).mean()
+            return kl_loss(logits, items, score, self.temperature).sum()
         weight = self._weights(logits, items, score, self.row_confidence[index])
         shared = negative[has] if settings.negative else None
         loss = ranking_loss(logits, items, weight, settings.ranking, shared)
@@ -423,7 +430,7 @@ class DLLM2RecTrainer(SequenceTrainer):
             loss = loss + settings.robust * (
                 weight * robust_loss(logits, items, self.propensity, settings.robust_beta)
             ).sum(dim=1)
-        return loss.mean()
+        return loss.sum()
 
     def _weights(self, logits, items, score, row_confidence):
         """gamma_p w^p + gamma_c w^c + gamma_o w^o [R, K], with the normalisation of the mode (Eqs. 6-8 and 10)."""
@@ -437,7 +444,3 @@ class DLLM2RecTrainer(SequenceTrainer):
             weight = weight + settings.consistency_weight * consistency(items, logits)
         weight = weight * valid
         return weight / weight.sum(dim=1, keepdim=True).clamp_min(1e-12) if settings.normalize else weight
-
-    def generator_states(self):
-        """Generators of our own that an exact resume needs."""
-        return {"negatives": self.negatives}

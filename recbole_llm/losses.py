@@ -1,0 +1,209 @@
+"""Losses over the catalogue from states and an item table, chunk by chunk: pure functions on tensors.
+
+RecBole scores every target against every item at once, [targets, items], and keeps several such tables until the gradients are
+there. Here a chunk of targets is scored, its gradient taken, and its scores forgotten, so that memory is bounded and the scores
+stay in the processor's cache; the three matrix products are what is left of the time.
+
+Papers: sampled softmax, Bengio and Senécal 2008, Eq. 5; gBCE, Petrov and Macdonald, "gSASRec", RecSys 2023, Eqs. 7-10.
+Differs from the gSASRec authors' code: negatives are drawn once per batch and shared by its targets, so that they are scored by a
+matrix product instead of a gather; the expectation is the same.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+_LOG2_E = math.log2(math.e)
+_MEBIBYTE = 2**20
+
+
+def rows_at_a_time(memory: float, n_items: int, device: torch.device | str) -> int:
+    """How many targets may be scored at a time.
+
+    Args:
+        memory: Mebibytes of scores that may exist at a time; 0 takes what stays in a processor's cache on a CPU (4), and
+            enough to keep a GPU busy (256).
+        n_items: Scores of a target.
+        device: Where they are computed.
+    """
+    memory = memory or (256 if torch.device(device).type == "cuda" else 4)
+    return max(1, int(memory * _MEBIBYTE / (4 * n_items)))
+
+
+def full_softmax_loss(states: Tensor, table: Tensor, targets: Tensor, rows: int) -> Tensor:
+    """Mean cross entropy of each target against all items; equal to `cross_entropy(states @ table.T, targets)`.
+
+    The scores of `rows` targets exist at a time, in float32, also under autocast.
+
+    Args:
+        states: Outputs of the network [T, d].
+        table: Item table [n_items, d].
+        targets: Item ids [T].
+        rows: Targets that are scored at a time.
+
+    Relations:
+        Like `chunked_loss` with a cross entropy, but the gradient is written down instead of recorded: no pass over the scores
+        is made for it.
+    """
+    return _FullSoftmax.apply(states, table, targets, rows)
+
+
+class _FullSoftmax(torch.autograd.Function):
+    """Value and gradient of the mean cross entropy in one pass over the targets."""
+
+    @staticmethod
+    def forward(ctx, states: Tensor, table: Tensor, targets: Tensor, rows: int) -> Tensor:
+        count, n_items = len(targets), len(table)
+        loss = states.new_zeros((), dtype=torch.float32)
+        to_states = torch.empty(states.shape, dtype=torch.float32, device=states.device)
+        to_table = torch.zeros(table.shape, dtype=torch.float32, device=table.device)
+        scores = torch.empty(min(rows, count), n_items, dtype=torch.float32, device=states.device)
+        with torch.autocast(states.device.type, enabled=False):
+            items = table.detach().float()
+            for begin in range(0, count, rows):
+                state, target = states[begin : begin + rows].detach().float(), targets[begin : begin + rows, None]
+                # powers of 2 are about twice as fast as powers of e, and the factor is cheapest on the states
+                score = torch.mm(state * _LOG2_E, items.T, out=scores[: len(target)])
+                score.sub_(score.amax(dim=1, keepdim=True))
+                of_target = score.gather(1, target)
+                total = score.exp2_().sum(dim=1, keepdim=True)
+                loss += (total.log2() - of_target).sum() / _LOG2_E
+                # the probabilities are score / total: the division is cheaper on what is d wide than on what is n_items wide
+                share = 1 / (total * count)
+                torch.mm(score, items, out=to_states[begin : begin + rows])
+                to_states[begin : begin + rows].mul_(share).sub_(items[target[:, 0]], alpha=1 / count)
+                to_table.addmm_(score.T, state * share)
+                to_table.index_add_(0, target[:, 0], state, alpha=-1 / count)
+        ctx.save_for_backward(to_states, to_table)
+        ctx.types = states.dtype, table.dtype
+        return loss / count
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        to_states, to_table = ctx.saved_tensors
+        of_states, of_table = ctx.types
+        # a loss scaler's factor comes before the narrow type, so that small gradients are not lost
+        return (to_states * gradient).to(of_states), (to_table * gradient).to(of_table), None, None
+
+
+Terms = Callable[[Tensor, slice], tuple[Tensor, ...]]
+
+
+def chunked_loss(states: Tensor, table: Tensor, terms: Terms, rows: int) -> tuple[Tensor, ...]:
+    """A sum of loss terms of scores over all items, of which only some rows exist at a time.
+
+    Args:
+        states: Outputs of the network [T, d].
+        table: Item table [n_items, d].
+        terms: Called with scores [r, n_items] and which of the T rows they are; gives one scalar per term, such that the sums over
+            all calls are the terms of the loss.
+        rows: Targets that are scored at a time.
+
+    Returns:
+        The terms, as numbers; the gradient of their sum comes with the first one, so add them up before `backward`.
+    """
+    total, *values = _Chunked.apply(states, table, terms, rows)
+    first, *others = values
+    return (total - total.detach() + first, *others)
+
+
+class _Chunked(torch.autograd.Function):
+    """The sum of all terms, whose gradient is known when it is, and each term as a number."""
+
+    @staticmethod
+    def forward(ctx, states: Tensor, table: Tensor, terms: Terms, rows: int) -> tuple[Tensor, ...]:
+        to_states = torch.empty(states.shape, dtype=torch.float32, device=states.device)
+        to_table = torch.zeros(table.shape, dtype=torch.float32, device=table.device)
+        sums: list[Tensor] = []
+        with torch.autocast(states.device.type, enabled=False):
+            items = table.detach().float()
+            for begin in range(0, len(states), rows):
+                chunk = slice(begin, min(begin + rows, len(states)))
+                state = states[chunk].detach().float()
+                scores = (state @ items.T).requires_grad_()
+                with torch.enable_grad():
+                    parts = terms(scores, chunk)
+                    (to_scores,) = torch.autograd.grad(sum(parts), scores)
+                torch.mm(to_scores, items, out=to_states[chunk])
+                to_table.addmm_(to_scores.T, state)
+                now = [part.detach() for part in parts]
+                sums = now if not sums else [a + b for a, b in zip(sums, now, strict=True)]
+        ctx.save_for_backward(to_states, to_table)
+        ctx.types = states.dtype, table.dtype
+        ctx.mark_non_differentiable(*sums)
+        return sum(sums), *sums
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor, *_):
+        return _FullSoftmax.backward(ctx, gradient)
+
+
+def sampled_scores(states: Tensor, table: Tensor, targets: Tensor, negatives: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores of the targets [T] and of negatives that all targets share [T, N], and which negatives are the target [T, N]."""
+    of_target = (states * functional.embedding(targets, table)).sum(dim=1)
+    of_negatives = states @ functional.embedding(negatives, table).T
+    return of_target, of_negatives, negatives == targets[:, None]
+
+
+def sampled_softmax_loss(
+    states: Tensor, table: Tensor, targets: Tensor, negatives: Tensor, probability: Tensor
+) -> Tensor:
+    """Mean cross entropy of each target against drawn items that stand for the whole catalogue (logQ correction).
+
+    exp(s_j) / (N q_j) of drawn items estimates the rest of the full softmax's denominator; the target stands in it as itself, since
+    it is not drawn. A draw that is the target does not count.
+
+    Args:
+        states: Outputs of the network [T, d].
+        table: Item table [n_items, d].
+        targets: Item ids [T].
+        negatives: Item ids drawn with replacement [N].
+        probability: q, with which an item is drawn [n_items].
+    """
+    of_target, of_negatives, same = sampled_scores(states, table, targets, negatives)
+    corrected = of_negatives.float() - torch.log(len(negatives) * probability[negatives])
+    corrected = corrected.masked_fill(same, float("-inf"))
+    own = of_target.float()
+    return (torch.logsumexp(torch.cat([own[:, None], corrected], dim=1), dim=1) - own).mean()
+
+
+def gbce_loss(states: Tensor, table: Tensor, targets: Tensor, negatives: Tensor, t: float) -> Tensor:
+    """GSASRec's generalised binary cross entropy: -(beta log s(s+) + sum_j log(1 - s(s_j))) / (N + 1), averaged.
+
+    beta = a (t (1 - 1/a) + 1/a), a = N / (n_items - 1) the share of the catalogue that is drawn: t = 0 is binary cross entropy,
+    t = 1 takes all over-confidence out that drawing so few negatives brings in.
+
+    Args:
+        states: Outputs of the network [T, d].
+        table: Item table, row 0 padding [n_items + 1, d].
+        targets: Item ids [T].
+        negatives: Item ids drawn uniformly [N].
+        t: Calibration, 0 to 1.
+    """
+    of_target, of_negatives, same = sampled_scores(states, table, targets, negatives)
+    share = min(1.0, len(negatives) / (len(table) - 2))
+    beta = share * (t * (1 - 1 / share) + 1 / share)
+    against = functional.logsigmoid(-of_negatives.float()).masked_fill(same, 0.0).sum(dim=1)
+    return -(beta * functional.logsigmoid(of_target.float()) + against).mean() / (len(negatives) + 1)
+
+
+def draw_negatives(probability: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Item ids drawn with replacement [count]. Args: probability of each [n_items], on the generator's device."""
+    return torch.multinomial(probability, count, replacement=True, generator=generator)
+
+
+def uniform(n_items: int) -> Tensor:
+    """The same probability for every item, 0 for padding [n_items]."""
+    probability = torch.full((n_items,), 1 / (n_items - 1))
+    probability[0] = 0
+    return probability
+
+
+def by_popularity(counts: Tensor) -> Tensor:
+    """Probability in proportion to (n + 1), 0 for padding [n_items]. Args: how often each item is a target [n_items]."""
+    probability = counts.float() + 1
+    probability[0] = 0
+    return probability / probability.sum()

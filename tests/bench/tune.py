@@ -1,0 +1,155 @@
+"""Tuned baselines: SASRec and GRU4Rec with full softmax at every position, the same number of trials for each, chosen on validation.
+
+`python -m tests.bench.tune --protocols ml-1m-recbole ...`; resumable, every trial is a file. Settings are tried one after the other
+(learning rate, dropout, width, layers, L), and the better value is kept, so every model and protocol costs `1 + 5` trials. The best
+settings are then trained until they stop improving with three seeds, tested once, and written as `properties/benchmark/<name>.yaml`.
+"""
+
+import argparse
+import logging
+import statistics
+from pathlib import Path
+from time import perf_counter
+
+import torch
+from recbole.data import create_dataset, data_preparation
+from recbole.utils import get_model, init_seed
+
+from recbole_llm.artifacts import digest, read_json, write_json
+from recbole_llm.config import Config
+from recbole_llm.trainer import SequenceTrainer
+
+RESULTS = Path(__file__).parent / "tuned"
+INTER = {"load_col": {"inter": ["user_id", "item_id", "timestamp"]}}
+COMMON = {
+    "positions": "all", "train_batch_size": 2048, "show_progress": False, "state": "WARNING", "seen_items": "keep",
+    "metrics": ["Recall", "NDCG", "MRR"], "topk": [10, 20],
+}  # fmt: skip
+PROTOCOLS = {
+    "ml-100k": {"dataset": "ml-100k", "trial_epochs": 20, **INTER},
+    "amazon-beauty": {"dataset": "amazon-beauty", "trial_epochs": 8, **INTER},
+    "amazon-games": {"dataset": "amazon-games", "trial_epochs": 4, **INTER},
+    # RecBole's published table: ratings from 3 up, ten or more per user and item
+    "ml-1m-recbole": {
+        "dataset": "ml-1m", "trial_epochs": 6, "load_col": {"inter": ["user_id", "item_id", "rating", "timestamp"]},
+        "val_interval": {"rating": "[3,inf)"}, "unused_col": {"inter": ["rating"]},
+        "user_inter_num_interval": "[10,inf)", "item_inter_num_interval": "[10,inf)",
+    },
+}  # fmt: skip
+SHORT = {"amazon-beauty", "amazon-games"}
+START = {
+    "SASRec": {
+        "learning_rate": 1e-3, "hidden_dropout_prob": 0.2, "attn_dropout_prob": 0.2, "hidden_size": 64, "inner_size": 256,
+        "n_layers": 2, "n_heads": 2, "MAX_ITEM_LIST_LENGTH": 50,
+    },
+    "GRU4Rec": {
+        "learning_rate": 1e-3, "dropout_prob": 0.3, "embedding_size": 64, "hidden_size": 128, "num_layers": 1,
+        "MAX_ITEM_LIST_LENGTH": 50,
+    },
+}  # fmt: skip
+
+
+def other_values(model: str, protocol: str) -> list[dict]:
+    """What is tried against the value so far, in this order."""
+    length = {"MAX_ITEM_LIST_LENGTH": 20 if protocol in SHORT else 200}
+    if model == "SASRec":
+        return [
+            {"learning_rate": 3e-3}, {"hidden_dropout_prob": 0.5, "attn_dropout_prob": 0.5},
+            {"hidden_size": 128, "inner_size": 256}, {"n_layers": 1}, length,
+        ]  # fmt: skip
+    return [
+        {"learning_rate": 3e-3}, {"dropout_prob": 0.5}, {"embedding_size": 128, "hidden_size": 256}, {"num_layers": 2}, length,
+    ]  # fmt: skip
+
+
+class Trials:
+    """The trials of one model under one protocol, each kept as a file named by its settings."""
+
+    def __init__(self, model: str, protocol: str, data_path: str, threads: int):
+        self.model, self.protocol, self.threads = model, protocol, threads
+        settings = dict(PROTOCOLS[protocol])
+        self.dataset, self.trial_epochs = settings.pop("dataset"), settings.pop("trial_epochs")
+        self.settings = COMMON | settings | ({} if self.dataset == "ml-100k" else {"data_path": data_path})
+        self.folder = RESULTS / f"{model}-{protocol}"
+        self._data: tuple | None = None
+
+    def run(self, chosen: dict, seed: int, epochs: int, patience: int, test: bool = False) -> dict:
+        """Train once, or read what the same training gave: validation and test scores, epochs, seconds."""
+        key = digest({"settings": chosen, "seed": seed, "epochs": epochs, "patience": patience}, 10)
+        file = self.folder / f"{'seed' if test else 'trial'}-{key}.json"
+        if file.exists():
+            return read_json(file)
+        more = {"epochs": epochs, "stopping_step": patience, "seed": seed, "threads": self.threads}
+        config = Config(self.model, self.dataset, None, self.settings | chosen | more, read_argv=False)
+        init_seed(seed, True)
+        train, valid, tests = self._loaders(config)
+        init_seed(seed, True)
+        model = get_model(self.model)(config, train._dataset)
+        trainer = SequenceTrainer(config, model)
+        trainer.keep_in(Path("saved/bench/tune") / f"{self.model}-{self.protocol}-{key}")
+        curve: list[float] = []
+        began = perf_counter()
+        trainer.fit(train, valid, callback_fn=lambda epoch, score: curve.append(score))
+        result = {
+            "settings": chosen, "seed": seed, "valid ndcg@10": trainer.best_valid_score, "curve": curve,
+            "seconds": perf_counter() - began, "threads": torch.get_num_threads(),
+        }  # fmt: skip
+        if test:
+            result["test"] = dict(trainer.evaluate(tests))
+        write_json(file, result)
+        logging.info(
+            f"{self.model} {self.protocol} seed {seed} {chosen}: valid {trainer.best_valid_score:.5f}, {len(curve)} epochs, "
+            f"{result['seconds']:.0f} s" + (f", test NDCG@10 {result['test']['ndcg@10']:.5f}" if test else "")
+        )
+        return result
+
+    def _loaders(self, config):
+        """Loaders, made anew where the length of the rows changes."""
+        length = config["MAX_ITEM_LIST_LENGTH"]
+        if self._data is None or self._data[0] != length:
+            self._data = length, data_preparation(config, create_dataset(config))
+        return self._data[1]
+
+    def best(self) -> tuple[dict, list[dict]]:
+        """Settings that did best on validation rows, and all trials."""
+        chosen, trials = dict(START[self.model]), []
+        best = self.run(chosen, 2020, self.trial_epochs, 3)
+        trials.append(best)
+        for change in other_values(self.model, self.protocol):
+            trial = self.run(chosen | change, 2020, self.trial_epochs, 3)
+            trials.append(trial)
+            if trial["valid ndcg@10"] > best["valid ndcg@10"]:
+                chosen, best = chosen | change, trial
+        return chosen, trials
+
+
+def main() -> None:
+    """Tune and test what is asked for, and write one summary per model and protocol."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="+", default=list(START), choices=list(START))
+    parser.add_argument("--protocols", nargs="+", default=list(PROTOCOLS), choices=list(PROTOCOLS))
+    parser.add_argument("--seeds", nargs="*", type=int, default=[2020, 2021, 2022])
+    parser.add_argument("--data_path", default="../shared/data")
+    parser.add_argument("--threads", type=int, default=2)
+    asked = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)
+    for protocol in asked.protocols:
+        for model in asked.models:
+            trials = Trials(model, protocol, asked.data_path, asked.threads)
+            chosen, tried = trials.best()
+            tested = [trials.run(chosen, seed, 100, 4, test=True) for seed in asked.seeds]
+            if not tested:
+                continue
+            scores = [result["test"]["ndcg@10"] for result in tested]
+            spread = statistics.stdev(scores) if len(scores) > 1 else float("nan")
+            print(
+                f"{model} {protocol}: {chosen}; NDCG@10 {statistics.mean(scores):.4f} ± {spread:.4f} ({len(scores)} seeds)"
+            )
+            write_json(
+                RESULTS / f"{model}-{protocol}.json",
+                {"chosen": chosen, "protocol": PROTOCOLS[protocol], "trials": tried, "tested": tested},
+            )
+
+
+if __name__ == "__main__":
+    main()
