@@ -34,7 +34,7 @@ UNDECLARED = {
 # What a teacher shares with the student it teaches: the data, the protocol and the machine, never the training.
 SHARED = {
     *general_arguments, *dataset_arguments, *(set(evaluation_arguments) - {"eval_batch_size"}),
-    "title_field", "threads", "allow_keys", "numerical_features", "encoding", "resume", "worker",
+    "title_field", "threads", "seen_items", "allow_keys", "numerical_features", "encoding", "resume", "worker",
 }  # fmt: skip
 
 

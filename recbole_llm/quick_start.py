@@ -135,7 +135,7 @@ def teacher_line(config: Config, data: Data, known: knowledge.Knowledge) -> repo
     """The teacher's own test metrics, on its sample of test rows; from its folder if they are there."""
     train_data, valid_data, test_data = data.train, data.valid, data.test
     request = knowledge.Request.of(config, train_data._dataset)
-    protocol = {key: config[key] for key in ("teacher_eval_rows", "topk", "metrics", "eval_args")}
+    protocol = {key: config[key] for key in ("teacher_eval_rows", "topk", "metrics", "eval_args", "seen_items")}
     folder = request.folder / f"test-{digest(protocol)}"
     if config["resume"] and (line := finished(folder)):
         return line
@@ -255,7 +255,7 @@ def log_into(folder: Path, level: str) -> Iterator[None]:
 
 def conclude(config: Config, folder: Path, lines: list[report.Line], ties: float) -> dict[str, Any]:
     """Print the table, write the run's folder, and return what RecBole's `run_recbole` returns, and more."""
-    protocol = report.protocol_sentence(config["eval_args"], ties, config["data_note"])
+    protocol = report.protocol_sentence(config["eval_args"], config["seen_items"], ties, config["data_note"])
     text = report.summary(lines, config["metrics"], config["topk"], config["valid_metric"], protocol)
     report.write_run(folder, settings_of(config), text, lines)
     logging.getLogger().info(f"Results, also in {folder}/table.txt:\n{text}")

@@ -168,12 +168,13 @@ def teaching_sentences(line: Line) -> list[str]:
     ]
 
 
-def protocol_sentence(eval_args: dict[str, Any], ties: float, note: str | None) -> str:
+def protocol_sentence(eval_args: dict[str, Any], seen_items: str, ties: float, note: str | None) -> str:
     """How the lines were evaluated, and what has to be known of the data."""
+    seen = {"keep": "items of the history kept", "mask": "items of the user's whole history left out"}[seen_items]
     split = ", ".join(f"{kind}={how}" for kind, how in eval_args["split"].items())
     return (
-        f"Protocol: RecBole's split {split} in the order {eval_args['order']}, test mode {eval_args['mode']['test']}, items of the history "
-        f"kept; students are selected on validation rows, LLMs by their answer loss there. {ties:.1%} of the interactions share their time "
+        f"Protocol: RecBole's split {split} in the order {eval_args['order']}, test mode {eval_args['mode']['test']}, {seen}; "
+        f"students are selected on validation rows, LLMs by their answer loss there. {ties:.1%} of the interactions share their time "
         f"with another one of the same user and keep the order of the file.{' ' + note if note else ''}"
     )
 

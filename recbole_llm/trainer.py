@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from recbole.data.dataloader import FullSortEvalDataLoader
 from recbole.evaluator import Evaluator
 from recbole.trainer import Trainer
 from recbole.utils import ModelType, get_local_time, get_trainer
@@ -25,11 +26,15 @@ from recbole_llm.checkpoint import config_from_settings, read_checkpoint, write_
 from recbole_llm.config import CHOICES
 from recbole_llm.item_text import ItemText
 from recbole_llm.layers import fast_layers
-from recbole_llm.sequences import Fields, Log, WindowLoader, row_positions, windows
+from recbole_llm.sequences import Fields, Log, WindowLoader, by_length, row_positions, windows
 
 __all__ = ["SequenceTrainer", "config_from_settings", "read_checkpoint", "write_checkpoint"]
 
 DEFAULT_OVERLAP = 10
+
+
+POINTER = "row_pointer"
+"""Column that tells an evaluated row's place in the log, while seen items are masked."""
 
 
 class KeepsRanks(Evaluator):
@@ -51,6 +56,36 @@ def trainer_class(config) -> type[Trainer]:
     """The trainer of a Config's model: its own, else SequenceTrainer where RecBole would take its basic one."""
     own = get_trainer(config["MODEL_TYPE"], config["model"])
     return SequenceTrainer if own is Trainer and config["MODEL_TYPE"] == ModelType.SEQUENTIAL else own
+
+
+def check_losses(config) -> None:
+    """Refuse numbers of `loss_*` that mean nothing.
+
+    Raises:
+        ValueError: Names the key, its value, and what there is instead.
+    """
+    allowed = {
+        "loss_memory": ("0 (by the device) or more mebibytes", lambda value: value >= 0),
+        "loss_negatives": ("1 or more", lambda value: value >= 1 and value == int(value)),
+        "loss_gbce_t": ("0 to 1", lambda value: 0 <= value <= 1),
+    }
+    for key, (there_is, fits) in allowed.items():
+        if (value := config[key]) is not None and not fits(value):
+            raise ValueError(
+                f"{key}={value}: not possible; there is {there_is}. Set {key} in a config file or on the command line."
+            )
+
+
+def cannot_mask(eval_data) -> str | None:
+    """Why the items that users have seen cannot be left out of a loader's ranking; None if they can."""
+    if not isinstance(eval_data, FullSortEvalDataLoader):
+        return "only a full ranking leaves seen items out, and eval_args asks for another one"
+    if not hasattr(eval_data._dataset, "seen_items"):
+        return (
+            "the data set is RecBole's own, whose rows know the last items of a history only, until it is made by "
+            "recbole_llm.create_dataset"
+        )
+    return None
 
 
 class SequenceTrainer(Trainer):
@@ -78,6 +113,7 @@ class SequenceTrainer(Trainer):
         self.saved_model_file = self._free_name(f"{config['model']}-{config['dataset']}-{get_local_time()}")
         self.all_positions = False
         self.loss_over = config["loss_over"] or "all"
+        check_losses(config)
         self.negatives = torch.Generator().manual_seed(config["seed"] or 0)
         self.loader = None
         self.dataset = None
@@ -88,6 +124,7 @@ class SequenceTrainer(Trainer):
         if config["threads"]:
             torch.set_num_threads(config["threads"])
         self.evaluated_rows: list[int] | None = None
+        self.evaluated = None
         self.state_folder: Path | None = None
 
     @property
@@ -312,7 +349,11 @@ class SequenceTrainer(Trainer):
 
     @torch.no_grad()
     def evaluate(self, eval_data, load_best_model=True, model_file=None, show_progress=False):
-        """Evaluate as RecBole does; `model_file` may be a checkpoint of ours or of RecBole."""
+        """Evaluate as RecBole does; `model_file` may be a checkpoint of ours or of RecBole.
+
+        Raises:
+            ValueError: `seen_items: mask` for data or a ranking that has no whole histories to mask.
+        """
         file = model_file or self.saved_model_file
         if eval_data and load_best_model and checkpoint.is_ours(file):
             state, meta = checkpoint.read_weights(file, self.device)
@@ -321,7 +362,36 @@ class SequenceTrainer(Trainer):
             self.model.load_other_parameter(other)
             self.logger.info(f"Loading model structure and parameters from {file}")
             load_best_model = False
-        return super().evaluate(eval_data, load_best_model, model_file, show_progress)
+        if not eval_data or self.config["seen_items"] != "mask":
+            return super().evaluate(eval_data, load_best_model, model_file, show_progress)
+        if fault := cannot_mask(eval_data):
+            raise ValueError(
+                f"seen_items=mask: {fault}; there is seen_items=keep. Set seen_items in a config file or on the command line."
+            )
+        self.evaluated = eval_data._dataset
+        self.evaluated.pointer_column = POINTER
+        try:
+            return super().evaluate(eval_data, load_best_model, model_file, show_progress)
+        finally:
+            self.evaluated.pointer_column = None
+            self.evaluated = None
+
+    def _full_sort_batch_eval(self, batched_data):
+        """Like RecBole's, but histories of like length are read together, and seen items are not ranked if that was asked for."""
+        batch, history, users, positives = batched_data
+        if self.all_positions:  # only then is it proved that padding means nothing to the model
+            order, pieces = by_length(batch, self.model.ITEM_SEQ, self.model.ITEM_SEQ_LEN)
+            ranked = [
+                super(SequenceTrainer, self)._full_sort_batch_eval((piece, None, None, None))[1] for piece in pieces
+            ]
+            scores = torch.empty(len(batch), self.tot_item_num, dtype=ranked[0].dtype, device=ranked[0].device)
+            scores[order.to(scores.device)] = torch.cat(ranked)
+        else:
+            batch, scores, users, positives = super()._full_sort_batch_eval(batched_data)
+        if self.evaluated is not None:
+            row, item = self.evaluated.seen_items(batch[POINTER])
+            scores[row.to(scores.device), item.to(scores.device)] = -torch.inf
+        return batch, scores, users, positives
 
     def _save_checkpoint(self, epoch, verbose=True, **kwargs):
         file = kwargs.get("saved_model_file", self.saved_model_file)

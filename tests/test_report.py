@@ -39,7 +39,7 @@ def settings(ring):
 
 
 PROTOCOL = protocol_sentence(
-    {"split": {"LS": "valid_and_test"}, "order": "TO", "mode": {"test": "full"}}, 0.25, "Made up."
+    {"split": {"LS": "valid_and_test"}, "order": "TO", "mode": {"test": "full"}}, "keep", 0.25, "Made up."
 )
 
 

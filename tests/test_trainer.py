@@ -19,7 +19,7 @@ from recbole_llm.artifacts import DamagedArtifact, digest, tensors_digest
 from recbole_llm.sequences import WindowLoader
 from recbole_llm.trainer import SequenceTrainer, config_from_settings, read_checkpoint, write_checkpoint
 from tests.ring import RING
-from tests.small_logs import random_log, stock, write_log
+from tests.small_logs import NO_DROPOUT, random_log, stock, write_log
 
 BPR = {"loss_type": "BPR", "train_neg_sample_args": {"distribution": "uniform", "sample_num": 1}}
 WAYS = {
@@ -93,6 +93,11 @@ def test_a_loss_with_further_terms_keeps_its_rows(small):
         ("SASRec", {"positions": "all"} | BPR, "positions=all: loss_type=BPR"),
         ("SASRec", {"positions": "first"}, "positions=first: no such choice; there is auto, all, last"),
         ("SASRec", {"window_overlap": -1}, "window_overlap=-1: "),
+        ("SASRec", {"loss_over": "sampled"} | BPR, "loss_over=sampled: loss_type=BPR .* there is loss_over=all"),
+        ("NPE", {"loss_over": "gbce"}, "loss_over=gbce: NPE"),
+        ("SASRec", {"loss_memory": -1}, "loss_memory=-1: not possible; there is 0 .* Set loss_memory"),
+        ("SASRec", {"loss_negatives": 0}, "loss_negatives=0: not possible; there is 1 or more"),
+        ("SASRec", {"loss_gbce_t": 1.5}, "loss_gbce_t=1.5: not possible; there is 0 to 1"),
     ],
 )
 def test_positions_that_cannot_be_are_refused(small, model, settings, message):
@@ -123,6 +128,51 @@ def test_on_rows_every_number_is_recboles(small):
             [weight.tolist() for weight in parts.model.parameters()],
         )
     assert results[Trainer] == results[SequenceTrainer]
+
+
+SAMPLED = {"loss_over": "sampled", "loss_negatives": 12, "loss_sampling": "uniform"}
+GBCE = {"loss_over": "gbce", "loss_negatives": 12, "loss_gbce_t": 0.75}
+
+
+@pytest.mark.parametrize(
+    ("model", "positions", "chosen"),
+    [
+        ("SASRec", "all", SAMPLED),
+        ("SASRec", "all", SAMPLED | {"loss_sampling": "popularity"}),
+        ("SASRec", "all", GBCE | {"epochs": 60}),
+        ("STAMP", "last", SAMPLED),
+    ],
+)
+def test_the_ring_is_learnt_from_drawn_negatives(ring, model, positions, chosen):
+    settings = RING | {"load_col": {"inter": ["user_id", "item_id", "timestamp"]}, "epochs": 30, "learning_rate": 0.01}
+    sizes = {"hidden_size": 32, "embedding_size": 32, "eval_step": 60, **NO_DROPOUT}
+    parts = stock(ring, "ring", model, **settings | sizes | chosen | {"positions": positions})
+    trainer = SequenceTrainer(parts.config, parts.model)
+    trainer.fit(parts.train, saved=False)
+    assert trainer.all_positions is (positions == "all")
+    assert trainer.evaluate(parts.test, load_best_model=False)["hit@1"] == 1.0
+
+
+def test_negatives_are_those_of_the_trainers_seed(small):
+    losses = []
+    for seed in (1, 1, 2):
+        parts = stock(small, "small", epochs=1, **SAMPLED | {"loss_negatives": 3}, **NO_DROPOUT)
+        trainer = SequenceTrainer(parts.config, parts.model)
+        trainer.negatives.manual_seed(seed)
+        trainer.fit(parts.train, saved=False)
+        losses.append(trainer.train_loss_dict)
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_memory_of_the_loss_changes_nothing_but_rounding(small):
+    losses = []
+    for memory in (0, 0.002):
+        parts = stock(small, "small", epochs=2, loss_memory=memory, **NO_DROPOUT)
+        trainer = SequenceTrainer(parts.config, parts.model)
+        trainer.fit(parts.train, saved=False)
+        assert (trainer.rows_at_a_time < 20) is (memory > 0)
+        losses.append(list(trainer.train_loss_dict.values()))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_row_list_rides_along_for_those_who_want_it(small):

@@ -1,0 +1,168 @@
+"""Losses over the catalogue equal their plain forms, and never hold all scores."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as some
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from recbole_llm import losses
+
+
+def made_up(targets=23, n_items=31, width=8, dtype=torch.float64, scale=1.0):
+    """States [T, d], a table [n_items, d] whose padding row is 0, and targets [T]."""
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(targets, width, generator=generator, dtype=dtype) * scale
+    table = torch.randn(n_items, width, generator=generator, dtype=dtype)
+    table[0] = 0
+    target = torch.randint(1, n_items, (targets,), generator=generator)
+    return states.requires_grad_(), table.requires_grad_(), target
+
+
+def plain(states, table, target):
+    return functional.cross_entropy(states @ table.T, target)
+
+
+def value_and_gradients(loss, *inputs):
+    return [loss.detach(), *torch.autograd.grad(loss, inputs)]
+
+
+@given(some.integers(1, 40), some.sampled_from([0.01, 1.0, 30.0]))
+def test_chunks_give_the_loss_and_gradients_of_the_whole(rows, scale):
+    states, table, target = made_up(scale=scale)
+    ours = value_and_gradients(3 * losses.full_softmax_loss(states, table, target, rows), states, table)
+    whole = value_and_gradients(3 * plain(states, table, target), states, table)
+    for one, other in zip(ours, whole, strict=True):
+        assert torch.allclose(one.double(), other, rtol=1e-4, atol=1e-6)
+
+
+def test_a_hopeless_target_has_a_finite_loss():
+    """The target's probability is 0 in float32, its logarithm is not."""
+    states = torch.tensor([[200.0]], requires_grad=True)
+    table = torch.tensor([[0.0], [1.0], [-1.0]], requires_grad=True)
+    loss = losses.full_softmax_loss(states, table, torch.tensor([2]), 1)
+    assert loss.item() == pytest.approx(400.0)
+    assert torch.autograd.grad(loss, states)[0].item() == pytest.approx(2.0)
+
+
+class Largest(TorchDispatchMode):
+    """Notes the largest tensor that any operation makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        out = operation(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return out
+
+
+def largest(make):
+    with Largest() as seen:
+        make().backward()
+    return seen.numel
+
+
+def test_scores_of_all_targets_never_exist():
+    states, table, target = made_up(targets=640, n_items=500, width=4)
+    chosen = target[:, None] % 7 + 1
+
+    def terms(scores, chunk):
+        return functional.cross_entropy(scores, target[chunk], reduction="sum"), scores.gather(1, chosen[chunk]).sum()
+
+    whole = largest(lambda: plain(states, table, target))
+    assert whole == 640 * 500
+    assert largest(lambda: losses.full_softmax_loss(states, table, target, 10)) == 10 * 500
+    assert largest(lambda: sum(losses.chunked_loss(states, table, terms, 10))) <= 10 * 500
+
+
+def test_memory_is_in_mebibytes_of_float32():
+    assert losses.rows_at_a_time(1, 1024, "cpu") == 256
+    assert losses.rows_at_a_time(0, 1024, "cpu") == 1024
+    assert losses.rows_at_a_time(0, 1024, "cuda") == 64 * 1024
+    assert losses.rows_at_a_time(0.001, 10**6, "cpu") == 1
+
+
+@given(some.integers(1, 40))
+def test_any_terms_can_be_computed_in_chunks(rows):
+    states, table, target = made_up()
+    other = (target + 3) % 30 + 1
+
+    def terms(scores, chunk):
+        first = functional.cross_entropy(scores, target[chunk], reduction="sum")
+        return first, 0.3 * functional.logsigmoid(scores.gather(1, other[chunk, None])).sum()
+
+    parts = losses.chunked_loss(states, table, terms, rows)
+    whole = terms(states @ table.T, slice(None))
+    assert [part.item() for part in parts] == pytest.approx([part.item() for part in whole], rel=1e-5)
+    ours, theirs = (value_and_gradients(sum(each), states, table) for each in (parts, whole))
+    assert all(torch.allclose(a.double(), b, rtol=1e-4, atol=1e-5) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_narrow_states_get_narrow_gradients_and_a_scalers_factor_first():
+    """Unscaled, these gradients are 0 in float16; a loss scaler multiplies before they become narrow."""
+    states, table, target = made_up(targets=4096, n_items=5, dtype=torch.float32)
+    narrow = (states.detach() * 1e-4).half().requires_grad_()
+    tiny = (table.detach() * 1e-4).requires_grad_()
+    loss = losses.full_softmax_loss(narrow, tiny, target, 64) * 65536.0
+    to_states, to_table = torch.autograd.grad(loss, (narrow, tiny))
+    assert to_states.dtype == torch.float16 and to_table.dtype == torch.float32
+    assert (to_states != 0).float().mean() > 0.9
+
+
+def test_sampled_softmax_of_everything_is_the_full_softmax():
+    """Eq. 5 with each item drawn once at probability 1/n: the estimate of the denominator is exact."""
+    states, table, target = made_up()
+    n = len(table) - 1
+    drawn = torch.arange(1, n + 1)
+    ours = losses.sampled_softmax_loss(states, table, target, drawn, losses.uniform(n + 1).double())
+    assert torch.allclose(ours.double(), functional.cross_entropy(states @ table[1:].T, target - 1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["uniform", "popularity"])
+def test_log_q_makes_the_denominator_unbiased(how):
+    states, table, target = made_up(targets=5, scale=0.3)
+    counts = torch.arange(len(table)) ** 2
+    q = losses.uniform(len(table)) if how == "uniform" else losses.by_popularity(counts)
+    generator = torch.Generator().manual_seed(1)
+    drawn = losses.draw_negatives(q, 200_000, generator)
+    ours = losses.sampled_softmax_loss(states.float(), table.float(), target, drawn, q)
+    exact = functional.cross_entropy(states @ table[1:].T, target - 1)
+    assert float(ours) == pytest.approx(float(exact), rel=0.01)
+    biased = losses.sampled_softmax_loss(states.float(), table.float(), target, drawn, losses.uniform(len(table)) * 5)
+    assert float(biased) != pytest.approx(float(exact), rel=0.01)
+
+
+def test_gbce_by_hand():
+    """N = 2 of 4 items, a = 2/3, t = 3/4: beta = 2/3 (3/4 (1 - 3/2) + 3/2) = 3/4; one draw is the target and does not count."""
+    states = torch.tensor([[1.0]])
+    table = torch.tensor([[0.0], [2.0], [-1.0], [0.5], [0.1]])
+    loss = losses.gbce_loss(states, table, torch.tensor([1]), torch.tensor([1, 2]), 0.75)
+    expected = -(0.75 * math.log(1 / (1 + math.exp(-2))) + math.log(1 - 1 / (1 + math.exp(1)))) / 3
+    assert loss.item() == pytest.approx(expected)
+
+
+def test_gbce_at_zero_is_binary_cross_entropy():
+    states, table, target = made_up()
+    drawn = torch.tensor([5, 9, 9])
+    target = target.clamp(min=10)
+    scores = states @ table.T
+    positive = functional.logsigmoid(scores.gather(1, target[:, None]))[:, 0]
+    expected = -(positive + functional.logsigmoid(-scores[:, drawn]).sum(dim=1)).mean() / 4
+    assert float(losses.gbce_loss(states, table, target, drawn, 0.0)) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_draws_never_are_padding_and_follow_popularity():
+    counts = torch.tensor([1000, 0, 9, 89])
+    q = losses.by_popularity(counts)
+    assert q.tolist() == pytest.approx([0, 1 / 101, 10 / 101, 90 / 101])
+    drawn = losses.draw_negatives(q, 20_000, torch.Generator().manual_seed(0))
+    share = torch.bincount(drawn, minlength=4) / 20_000
+    assert share[0] == 0 and torch.allclose(share, q, atol=0.01)
+    assert losses.uniform(5).tolist() == [0, 0.25, 0.25, 0.25, 0.25]
