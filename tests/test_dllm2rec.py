@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from recbole.data.interaction import Interaction
 from torch import nn
 from torch.nn import functional
 
@@ -376,8 +377,16 @@ def test_the_embedding_weight_scales_the_projection_only(ring):
     )
 
 
-@pytest.mark.parametrize(("name", "ranking"), [("SASRec", "softmax"), ("GRU4Rec", "sigmoid")])
-def test_all_positions_train_what_prefix_rows_train(noise, name, ranking):
+@pytest.mark.parametrize(
+    ("name", "ranking", "embedding"),
+    [
+        ("SASRec", "softmax", "none"),
+        ("GRU4Rec", "sigmoid", "input"),
+        ("SASRec", "kl", "tied"),
+        ("GRU4Rec", "softmax", "init"),
+    ],
+)
+def test_all_positions_train_what_prefix_rows_train(noise, name, ranking, embedding):
     """Same loss, and one plain gradient step lands on the same weights."""
     settings = {
         **NOISE,
@@ -388,7 +397,7 @@ def test_all_positions_train_what_prefix_rows_train(noise, name, ranking):
         "distill_topk": 3,
     }
     settings |= {
-        "distill_embedding": "none",
+        "distill_embedding": embedding,
         "distill_base": "softmax",
         "distill_ranking": ranking,
         "distill_weight": 1.0,
@@ -399,11 +408,44 @@ def test_all_positions_train_what_prefix_rows_train(noise, name, ranking):
     assert [run.trainer.all_positions for run in runs] == [True, False]
     assert losses(runs[0]) == pytest.approx(losses(runs[1]), rel=1e-5)
     moved = 0.0
-    start = student(prepared(noise, **NOISE | settings)).model.state_dict()
+    start = {} if embedding == "init" else student(prepared(noise, **NOISE | settings)).model.state_dict()
     for (key, one), other in zip(runs[0].model.state_dict().items(), runs[1].model.state_dict().values(), strict=True):
         assert torch.allclose(one, other, atol=2e-5), key
-        moved = max(moved, (one - start[key]).abs().max().item())
+        moved = max(moved, (one - start[key]).abs().max().item() if key in start else 1.0)
     assert moved > 1e-2, "a step that moves nothing shows nothing"
+
+
+@pytest.mark.parametrize(
+    "settings", [{"distill_ranking": "softmax"}, {"distill_mode": "code", "distill_negative": False}]
+)
+def test_targets_of_a_window_lose_what_prefixes_cut_at_its_start_lose(noise, settings):
+    """Users longer than L + 1: the same loss terms for the rows of a window as for its prefixes, one by one."""
+    chosen = {**NOISE, "MAX_ITEM_LIST_LENGTH": 4, "window_overlap": 1, "distill_embedding": "tied", **settings}
+    knowledge = ask(prepared(noise, **NOISE), "kn", rows=80)
+    trainer = distilled(noise, knowledge, **chosen, **STILL).trainer
+    trainer._negatives = lambda seen, target: target % 24 + 1  # the same ones on both sides
+    cut = trainer.loader.windows
+    assert len(cut.start) > len(trainer.loader.log.users)
+    batch = trainer.loader.batch(torch.arange(len(cut.start)))
+    every = trainer.batch_loss(batch)
+    window, at = (batch["row_list"] >= 0).nonzero(as_tuple=True)
+    prefixes = {
+        "user_id": batch["user_id"][window],
+        "item_id_list": torch.where(torch.arange(4) <= at[:, None], batch["item_id_list"][window], 0),
+        "item_length": at + 1,
+        "item_id": batch["target_list"][window, at],
+        "row_list": batch["row_list"][window, at],
+    }
+    trainer.all_positions = False
+    alone = trainer.batch_loss(Interaction(prefixes))
+    assert len(every) == len(alone) == 2 and every[1] != 0
+    assert [part.item() for part in every] == pytest.approx([part.item() for part in alone], rel=1e-5)
+    gradients = [
+        torch.autograd.grad(sum(part), list(trainer.model.parameters()), allow_unused=True) for part in (every, alone)
+    ]
+    assert all(
+        one is other is None or torch.allclose(one, other, atol=1e-5) for one, other in zip(*gradients, strict=True)
+    )
 
 
 def share_of_ring_steps(parts):

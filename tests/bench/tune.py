@@ -26,12 +26,12 @@ COMMON = {
     "metrics": ["Recall", "NDCG", "MRR"], "topk": [10, 20],
 }  # fmt: skip
 PROTOCOLS = {
-    "ml-100k": {"dataset": "ml-100k", "trial_epochs": 20, **INTER},
-    "amazon-beauty": {"dataset": "amazon-beauty", "trial_epochs": 8, **INTER},
-    "amazon-games": {"dataset": "amazon-games", "trial_epochs": 4, **INTER},
+    "ml-100k": {"dataset": "ml-100k", "trial_epochs": 12, **INTER},
+    "amazon-beauty": {"dataset": "amazon-beauty", "trial_epochs": 5, **INTER},
+    "amazon-games": {"dataset": "amazon-games", "trial_epochs": 2, **INTER},
     # RecBole's published table: ratings from 3 up, ten or more per user and item
     "ml-1m-recbole": {
-        "dataset": "ml-1m", "trial_epochs": 6, "load_col": {"inter": ["user_id", "item_id", "rating", "timestamp"]},
+        "dataset": "ml-1m", "trial_epochs": 3, "load_col": {"inter": ["user_id", "item_id", "rating", "timestamp"]},
         "val_interval": {"rating": "[3,inf)"}, "unused_col": {"inter": ["rating"]},
         "user_inter_num_interval": "[10,inf)", "item_inter_num_interval": "[10,inf)",
     },
