@@ -19,7 +19,15 @@ from recbole.trainer import Trainer
 from recbole.utils import get_model, init_seed
 
 import recbole_llm
-from recbole_llm.dataset import FlatSequentialDataset, ListColumn, create_dataset, grouped, leave_out, stable_order
+from recbole_llm.dataset import (
+    FlatLog,
+    FlatSequentialDataset,
+    ListColumn,
+    create_dataset,
+    grouped,
+    leave_out,
+    stable_order,
+)
 from recbole_llm.quick_start import load_data
 from recbole_llm.sequences import Log, row_positions
 from tests.small_logs import PLAIN, random_log, write_log
@@ -200,6 +208,26 @@ def test_a_list_column_reads_like_a_tensor(data_path):
         assert str(len(ours)) in repr(ours)
 
 
+def test_only_the_rows_that_are_read_are_gathered(data_path, monkeypatch):
+    gathered, gather = [], FlatLog.gather
+    monkeypatch.setattr(FlatLog, "gather", lambda log, *given: gathered.append(len(given[1])) or gather(log, *given))
+    dataset = prepared(create_dataset, data_path).train._dataset
+    rows = dataset.inter_feat
+    rows[rows["item_id"] > 3].sort("item_id")
+    column = (
+        rows[[3, 4]]["item_id_list"],
+        rows["item_id_list"][5:50],
+        copy.deepcopy(rows),
+        rows["item_id_list"].detach(),
+    )
+    assert [len(part) for part in column[:2]] == [2, 45] and gathered == []
+    for index, count in ((3, 1), (np.int64(3), 1), ([5, 5, 1], 3), (torch.tensor([[1], [2]]), 2), (slice(0, 4), 4)):
+        rows["item_id_list"][index].sum()
+        assert gathered.pop() == count
+    dataset[[1, 7]]
+    assert gathered == [2, 2]  # items and times
+
+
 def test_parts_of_rows_are_rows_and_single_rows_are_plain(data_path):
     stock, flat = both(data_path)
     theirs, ours = stock.train._dataset.inter_feat, flat.train._dataset.inter_feat
@@ -208,7 +236,8 @@ def test_parts_of_rows_are_rows_and_single_rows_are_plain(data_path):
         part = ours[index]
         assert isinstance(part["item_id_list"], ListColumn) and torch.equal(part.pointer, ours.pointer[as_list(index)])
         assert_same(part.dense(), theirs[list(index) if isinstance(index, range) else index])
-    assert_same(ours[3], theirs[3])
+    for index in (3, np.int64(3), -1):
+        assert_same(ours[index], theirs[index])
     for rows in (theirs, ours):
         rows.sort(["item_id", "timestamp"])
     assert_same(ours.dense(), theirs)
@@ -416,7 +445,8 @@ def test_groups_and_what_is_left_out_are_recboles(keys, count):
     groups = FlatSequentialDataset._grouped_index(None, keys)
     assert [group.tolist() for group in groups] == theirs
     parts = SequentialDataset._split_index_by_leave_one_out(None, theirs, count)
-    assert [part.tolist() for part in leave_out(groups, count)] == parts
+    ours = FlatSequentialDataset._split_index_by_leave_one_out(None, groups, count)
+    assert [part.tolist() for part in ours] == [part.tolist() for part in leave_out(groups, count)] == parts
 
 
 @given(some.lists(some.integers(0, 2**32 - 1) | some.integers(0, 5) | some.integers(65530, 65540), max_size=50))
