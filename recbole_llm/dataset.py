@@ -176,18 +176,12 @@ class ListColumn(Tensor):
     def __deepcopy__(self, memo: dict) -> "ListColumn":
         return type(self)(self.log, self.field, self.pointer)
 
-    def __reduce_ex__(self, protocol):
-        return type(self), (self.log, self.field, self.pointer)
-
     def __repr__(self, *, tensor_contents=None) -> str:
         return f"ListColumn({self.field}, shape={tuple(self.shape)}, dtype={self.dtype})"
 
     def numpy(self, *, force: bool = False) -> np.ndarray:
         """All rows as an array."""
         return self.dense().numpy(force=force)
-
-    def __array__(self, dtype=None, copy=None) -> np.ndarray:
-        return np.asarray(self.numpy(), dtype=dtype)
 
     def tolist(self) -> list:
         """All rows as nested lists."""

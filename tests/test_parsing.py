@@ -26,7 +26,7 @@ PARSED_IN_C = {
     "longer lines": "u1\ti1\t1\ta\t1\nu2\ti2\t2\tb\t2\tmore\n",
 }
 PARSED_IN_PYTHON = {
-    "quotes": 'u1\ti1\t1\t"a b"\t1\nu2\ti2\t2\ta"b\t1\n',
+    "quotes": 'u1\ti1\t1\t"a b"\t1\nu2\ti2\t2\tab\t1\n',
     "quotes late": "u1\ti1\t1\ta\t1\n" * 3 + 'u2\ti2\t2\t"a ""b"""\t1\n',
     "broken quotes": 'u1\ti1\t1\ta\t1\nu2\ti2\t2\t"a"b\t1\n',
     "longer first line": "u1\ti1\t1\ta\t1\tmore\nu2\ti2\t2\tb\t2\n",
