@@ -37,6 +37,7 @@ stacks: $(READY) ## The fast tests on the newest packages and on numpy 1.26 + pa
 
 bench: $(READY) ## Speed as ratios within one run; prints a table, writes JSON
 	$(BIN)/python -m tests.bench.serving
+	$(BIN)/python -m tests.bench.dataset
 
 wheel: $(READY) ## dist/*.whl
 	$(BIN)/python -m build --wheel

@@ -6,14 +6,25 @@ Importing this package is enough for RecBole's own functions to find our models;
 from recbole_llm import compat
 
 __version__ = "0.1.0"
-__all__ = ["Config", "Knowledge", "Recommender", "__version__", "load_recommender", "run_recbole_llm"]
+__all__ = [
+    "Config",
+    "FlatSequentialDataset",
+    "Knowledge",
+    "Recommender",
+    "__version__",
+    "create_dataset",
+    "load_recommender",
+    "run_recbole_llm",
+]
 
 compat.install()
 
 _HOMES = {
     "Config": "recbole_llm.config",
+    "FlatSequentialDataset": "recbole_llm.dataset",
     "Knowledge": "recbole_llm.knowledge",
     "Recommender": "recbole_llm.recommend",
+    "create_dataset": "recbole_llm.dataset",
     "load_recommender": "recbole_llm.recommend",
     "run_recbole_llm": "recbole_llm.quick_start",
 }

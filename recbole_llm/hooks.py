@@ -9,7 +9,8 @@ import difflib
 import functools
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -30,7 +31,7 @@ def install() -> None:
 
     sys.meta_path.append(ModelFinder())  # last: a name that RecBole has itself is RecBole's
     look_up(recbole.trainer, "Trainer")
-    look_up(recbole.data.dataset, "Dataset")
+    look_up(recbole.data.dataset, "Dataset", default="recbole_llm.dataset:FlatSequentialDataset")
     add_our_settings(Config)
     explain_unknown_models(Config)
 
@@ -39,6 +40,17 @@ def wrap(owner: Any, name: str, make: Callable[[Callable], Callable]) -> None:
     """Replace the function `owner.name` by `make(original)`, which keeps the original's name and docstring."""
     original = getattr(owner, name)
     setattr(owner, name, functools.wraps(original)(make(original)))
+
+
+@contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """While this lasts, `owner.name` is another value."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
 
 
 class ModelFinder(MetaPathFinder, Loader):
@@ -74,11 +86,16 @@ def _module(alias: str) -> str | None:
     return by_file.get(alias.removeprefix(SEQUENTIAL))
 
 
-def look_up(module: ModuleType, suffix: str) -> None:
+def look_up(module: ModuleType, suffix: str, default: str | None = None) -> None:
     """Let `module.<Name><suffix>` give the class of that name that stands beside our model `<Name>`, if there is one.
 
     `get_trainer` asks `recbole.trainer` for `<Name>Trainer`, `create_dataset` asks `recbole.data.dataset` for
     `<Name>Dataset`; for the AttributeError both take their default class.
+
+    Args:
+        module: RecBole's module.
+        suffix: End of the class's name.
+        default: "module:class" that models of ours get which have no such class; without it, RecBole's default.
     """
     previous = getattr(module, "__getattr__", None)
 
@@ -86,6 +103,8 @@ def look_up(module: ModuleType, suffix: str) -> None:
         home = model_files().get(name.removesuffix(suffix)) if name.endswith(suffix) else None
         if home and hasattr(found := importlib.import_module(home), name):
             return getattr(found, name)
+        if home and default:
+            return getattr(importlib.import_module(default.partition(":")[0]), default.partition(":")[2])
         if previous is not None:
             return previous(name)
         raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")

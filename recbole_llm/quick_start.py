@@ -9,7 +9,7 @@ from time import perf_counter
 from typing import Any, NamedTuple
 
 import torch
-from recbole.data import create_dataset, data_preparation
+from recbole.data import data_preparation
 from recbole.utils import get_model, init_logger, init_seed
 from recbole.utils.logger import RemoveColorFilter
 
@@ -17,6 +17,7 @@ from recbole_llm import knowledge, plan, report, teacher
 from recbole_llm.artifacts import DamagedArtifact, digest, file_digest
 from recbole_llm.checkpoint import settings_of
 from recbole_llm.config import Config, check_topk, role_config
+from recbole_llm.dataset import create_dataset
 from recbole_llm.item_text import check_quotes
 from recbole_llm.model.dllm2rec import Distillation
 from recbole_llm.trainer import SequenceTrainer, trainer_class

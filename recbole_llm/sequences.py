@@ -52,16 +52,12 @@ class Log:
         """
         present, code, order = _by_user_token(dataset)
         rows = dataset.inter_feat
-        length = rows[dataset.item_list_length_field].long()[order]
         target = rows[dataset.iid_field].long()[order]
-        history = rows[getattr(dataset, f"{dataset.iid_field}_list_field")]
-
         first = torch.ones(len(code), dtype=torch.bool)
         first[1:] = code[1:] != code[:-1]
-        last_read = history[order, length - 1]
-        grown = torch.clamp(length[:-1] + 1, max=history.shape[1])
-        follows = (length[1:] == grown) & (last_read[1:] == target[:-1])
-        if not bool((length[first] == 1).all()) or not bool((follows | first[1:]).all()):
+        read = _read_by_list if getattr(dataset, "flat_log", None) is None else _read_by_pointer
+        are_prefixes, first_item = read(dataset, order, first, target)
+        if not are_prefixes:
             raise ValueError(
                 f"dataset={dataset.dataset_name}: its training rows are not all the prefixes of each user's earliest "
                 "items, so the sequences cannot be put together again; such rows can be trained on as they are. "
@@ -72,7 +68,7 @@ class Log:
         position = torch.arange(len(code)) + code + 1
         items = torch.empty(len(code) + len(present), dtype=torch.long)
         items[position] = target
-        items[position[first] - 1] = history[order[first], 0].long()
+        items[position[first] - 1] = first_item.long()
         offsets = torch.zeros(len(present) + 1, dtype=torch.long)
         offsets[1:] = torch.cumsum(torch.bincount(code, minlength=len(present)) + 1, 0)
         return cls(present, items, offsets, dataset.item_num)
@@ -99,6 +95,36 @@ class Log:
         """
         start = torch.maximum(self.offsets[self.user_index(position)], position - length)
         return _stretch(self.items, start, position, length), position - start
+
+
+def _read_by_list(dataset, order: Tensor, first: Tensor, target: Tensor) -> tuple[bool, Tensor]:
+    """Whether rows in `order` are all the prefixes of each user's earliest items, told from their histories.
+
+    Args:
+        dataset: The split.
+        order: Its rows `[M]`, user by user.
+        first: Which of them are a user's first `[M]`.
+        target: Their targets `[M]`.
+
+    Returns:
+        The answer, and the first item of each user `[U]`.
+    """
+    rows = dataset.inter_feat
+    length = rows[dataset.item_list_length_field].long()[order]
+    history = rows[getattr(dataset, f"{dataset.iid_field}_list_field")]
+    last_read = history[order, length - 1]
+    grown = torch.clamp(length[:-1] + 1, max=history.shape[1])
+    follows = (length[1:] == grown) & (last_read[1:] == target[:-1])
+    are_prefixes = bool((length[first] == 1).all()) and bool((follows | first[1:]).all())
+    return are_prefixes, history[order[first], 0]
+
+
+def _read_by_pointer(dataset, order: Tensor, first: Tensor, target: Tensor) -> tuple[bool, Tensor]:
+    """Like `_read_by_list`, but told from the pointers of a FlatSequentialDataset; no history is gathered."""
+    log, pointer, begin = dataset.flat_log, dataset.row_pointers[order], dataset.row_begins[order]
+    expected = torch.where(first, begin, pointer.roll(1)) + 1
+    are_prefixes = torch.equal(pointer, expected) and torch.equal(log.item[pointer].long(), target)
+    return are_prefixes, log.item[begin[first]]
 
 
 def row_positions(dataset) -> Tensor:

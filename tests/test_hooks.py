@@ -19,6 +19,7 @@ from recbole.utils import get_model, get_trainer
 import recbole_llm
 import recbole_llm.model
 from recbole_llm import hooks
+from recbole_llm.dataset import FlatSequentialDataset
 from recbole_llm.model import model_files
 
 REPOSITORY = Path(recbole_llm.__file__).parent.parent
@@ -131,9 +132,14 @@ def test_trainer_and_dataset_are_those_beside_the_model():
     assert type(create_dataset(config)) is module.PlantedDataset
 
 
-def test_a_model_without_trainer_or_dataset_gets_recboles():
+def test_a_model_without_trainer_or_dataset_gets_recboles_trainer_and_flat_rows():
     config = Config("Bare", "tiny", config_dict=dict(SMALL))
     assert get_trainer(config["MODEL_TYPE"], "Bare") is recbole.trainer.Trainer
+    assert type(create_dataset(config)) is FlatSequentialDataset
+
+
+def test_a_stock_model_gets_recboles_dataset():
+    config = Config("SASRec", "tiny", config_dict=SMALL | {"train_neg_sample_args": None})
     assert type(create_dataset(config)) is recbole.data.dataset.SequentialDataset
 
 
