@@ -50,15 +50,15 @@ def random_log(users: int = 25, items: int = 30, longest: int = 30, seed: int = 
     }
 
 
-def stock(data_path: Path, name: str, model: str = "SASRec", **settings: Any) -> SimpleNamespace:
-    """RecBole's own config, data set, loaders and model, step by step."""
+def stock(data_path: Path, name: str, model: str = "SASRec", make=create_dataset, **settings: Any) -> SimpleNamespace:
+    """RecBole's own config, data set (or what `make` makes of the config), loaders and model, step by step."""
     loss_type = settings.get("loss_type", "CE")
     chosen = PLAIN | {"data_path": str(data_path), "loss_type": loss_type} | settings
     if loss_type == "CE":
         chosen["train_neg_sample_args"] = None
     config = Config(model=model, dataset=name, config_dict=chosen)
     init_seed(config["seed"], config["reproducibility"])
-    dataset = create_dataset(config)
+    dataset = make(config)
     train, valid, test = data_preparation(config, dataset)
     init_seed(config["seed"], config["reproducibility"])
     network = get_model(model)(config, train._dataset).to(config["device"])
