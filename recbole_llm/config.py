@@ -6,6 +6,7 @@ Layers, weakest first: RecBole's own (with the student's yaml for a distilling m
 """
 
 import difflib
+import functools
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -286,6 +287,17 @@ def role_config(config: RecBoleConfig, role: str) -> Config:
     settings.setdefault("show_progress", config["show_progress"])
     file = config[f"{role}_config"]
     return Config(name, config["dataset"], [file] if file else None, settings, read_argv=False)
+
+
+def shared(config: Mapping[str, Any], key: str) -> Any:
+    """A setting of `overall.yaml`, with its default there under RecBole's own Config, which knows no such layer."""
+    value = config[key]
+    return _overall()[key] if value is None else value
+
+
+@functools.cache
+def _overall() -> dict[str, Any]:
+    return read_yaml(PROPERTIES / "overall.yaml")
 
 
 def choice(config: RecBoleConfig, key: str, allowed: Iterable[str]) -> str:

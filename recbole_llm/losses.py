@@ -1,4 +1,4 @@
-"""Losses over the catalogue from states and an item table, chunk by chunk: pure functions on tensors.
+"""Losses over the catalogue from states and an item table, chunk by chunk: pure functions on tensors, and a choice of one.
 
 RecBole scores every target against every item at once, [targets, items], and keeps several such tables until the gradients are
 there. Here a chunk of targets is scored, its gradient taken, and its scores forgotten, so that memory is bounded and the scores
@@ -11,10 +11,14 @@ matrix product instead of a gather; the expectation is the same.
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from recbole_llm.config import shared
 
 _LOG2_E = math.log2(math.e)
 _MEBIBYTE = 2**20
@@ -207,3 +211,62 @@ def by_popularity(counts: Tensor) -> Tensor:
     probability = counts.float() + 1
     probability[0] = 0
     return probability / probability.sum()
+
+
+@dataclass
+class CatalogueLoss:
+    """The loss that `loss_*` ask for, of states whose targets are known.
+
+    Args:
+        over: all (full softmax) | sampled (softmax) | gbce.
+        count: Negatives drawn per batch.
+        sampling: uniform | popularity; gbce is defined for uniform negatives.
+        t: Calibration of gbce.
+        memory: Mebibytes of scores that may exist at a time, see `rows_at_a_time`.
+        generator: Source of the negatives.
+    """
+
+    over: str
+    count: int
+    sampling: str
+    t: float
+    memory: float
+    generator: torch.Generator
+    probability: Tensor | None = None
+
+    @classmethod
+    def from_config(cls, config: Any) -> "CatalogueLoss":
+        """Read `loss_*` and `seed`.
+
+        Raises:
+            ValueError: A number that means nothing; the message names it and what there is instead.
+        """
+        count, t = shared(config, "loss_negatives"), shared(config, "loss_gbce_t")
+        memory = shared(config, "loss_memory")
+        checks = [
+            ("loss_negatives", count, count >= 1 and count == int(count), "1 or more"),
+            ("loss_gbce_t", t, 0 <= t <= 1, "0 to 1"),
+            ("loss_memory", memory, memory >= 0, "0 (what suits the device) or a number of mebibytes"),
+        ]
+        for key, value, fits, there_is in checks:
+            if not fits:
+                raise ValueError(
+                    f"{key}={value}: not possible; there is {there_is}. Set {key} in a config file or on the command line."
+                )
+        generator = torch.Generator().manual_seed(config["seed"] or 0)
+        return cls(shared(config, "loss_over"), int(count), shared(config, "loss_sampling"), t, memory, generator)
+
+    def prepare(self, counts: Tensor) -> None:
+        """Say how often each item is a target [n_items], padding included, before the first loss."""
+        popular = self.sampling == "popularity" and self.over == "sampled"
+        self.probability = by_popularity(counts.cpu()) if popular else uniform(len(counts))
+
+    def __call__(self, states: Tensor, table: Tensor, targets: Tensor) -> Tensor:
+        """Mean loss of states [T, d] whose targets are items [T], with an item table [n_items, d]."""
+        if self.over == "all":
+            rows = rows_at_a_time(self.memory, len(table), states.device)
+            return full_softmax_loss(states, table, targets, rows)
+        negatives = draw_negatives(self.probability, self.count, self.generator).to(targets.device)
+        if self.over == "gbce":
+            return gbce_loss(states, table, targets, negatives, self.t)
+        return sampled_softmax_loss(states, table, targets, negatives, self.probability.to(targets.device))

@@ -328,26 +328,6 @@ def pack(order: Tensor, weight: Tensor, limit: int) -> list[Tensor]:
     return runs
 
 
-def by_length(batch: Interaction, items: str, length: str, limit: int = 16384) -> tuple[Tensor, list[Interaction]]:
-    """A batch of padded histories as smaller ones of like length, each cut to its longest history.
-
-    Args:
-        batch: Rows with a padded history each.
-        items: Column of the history `[B, L]`.
-        length: Column of its length `[B]`.
-        limit: Most items of the smaller batches.
-
-    Returns:
-        The rows in the order in which the smaller batches have them `[B]`, and these batches.
-    """
-    order = torch.sort(batch[length], stable=True).indices
-    pieces = []
-    for rows in pack(order, batch[length], limit):
-        piece = batch[rows]
-        pieces.append(Interaction(piece.interaction | {items: piece[items][:, : int(piece[length].max())]}))
-    return order, pieces
-
-
 def _stretch(items: Tensor, start: Tensor, end: Tensor, width: int) -> Tensor:
     """`items[start:end]` of each pair as a row `[len(start), width]`, padded on the right with 0."""
     position = start[:, None] + torch.arange(width)

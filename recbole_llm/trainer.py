@@ -12,80 +12,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from recbole.data.dataloader import FullSortEvalDataLoader
-from recbole.evaluator import Evaluator
 from recbole.trainer import Trainer
 from recbole.utils import ModelType, get_local_time, get_trainer
 from torch import Tensor
 from torch.nn import functional
 
-from recbole_llm import checkpoint, losses
+from recbole_llm import checkpoint
 from recbole_llm.artifacts import DamagedArtifact
 from recbole_llm.causality import forward_arguments, is_causal, sample_rows, states, undisturbed
 from recbole_llm.checkpoint import config_from_settings, read_checkpoint, write_checkpoint
-from recbole_llm.config import CHOICES
+from recbole_llm.config import CHOICES, shared
+from recbole_llm.evaluation import KeepsRanks, scored_by_length, seen_items_of
 from recbole_llm.item_text import ItemText
 from recbole_llm.layers import fast_layers
-from recbole_llm.sequences import Fields, Log, WindowLoader, by_length, row_positions, windows
+from recbole_llm.losses import CatalogueLoss
+from recbole_llm.sequences import Fields, Log, WindowLoader, row_positions, windows
 
 __all__ = ["SequenceTrainer", "config_from_settings", "read_checkpoint", "write_checkpoint"]
-
-DEFAULT_OVERLAP = 10
-
-
-POINTER = "row_pointer"
-"""Column that tells an evaluated row's place in the log, while seen items are masked."""
-
-
-class KeepsRanks(Evaluator):
-    """RecBole's Evaluator that also keeps the rank of each row's target, for intervals and paired comparisons."""
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.ranks: list[int] = []
-
-    def evaluate(self, dataobject):
-        """Like RecBole's."""
-        if "rec.topk" in dataobject:
-            hits = dataobject.get("rec.topk")[:, :-1].bool()  # the last column counts the relevant items
-            self.ranks = torch.where(hits.any(dim=1), hits.int().argmax(dim=1), -1).tolist()
-        return super().evaluate(dataobject)
 
 
 def trainer_class(config) -> type[Trainer]:
     """The trainer of a Config's model: its own, else SequenceTrainer where RecBole would take its basic one."""
     own = get_trainer(config["MODEL_TYPE"], config["model"])
     return SequenceTrainer if own is Trainer and config["MODEL_TYPE"] == ModelType.SEQUENTIAL else own
-
-
-def check_losses(config) -> None:
-    """Refuse numbers of `loss_*` that mean nothing.
-
-    Raises:
-        ValueError: Names the key, its value, and what there is instead.
-    """
-    allowed = {
-        "loss_memory": ("0 (by the device) or more mebibytes", lambda value: value >= 0),
-        "loss_negatives": ("1 or more", lambda value: value >= 1 and value == int(value)),
-        "loss_gbce_t": ("0 to 1", lambda value: 0 <= value <= 1),
-    }
-    for key, (there_is, fits) in allowed.items():
-        if (value := config[key]) is not None and not fits(value):
-            raise ValueError(
-                f"{key}={value}: not possible; there is {there_is}. Set {key} in a config file or on the command line."
-            )
-
-
-def cannot_mask(eval_data) -> str | None:
-    """Why the items that users have seen cannot be left out of a loader's ranking; None if they can."""
-    if not isinstance(eval_data, FullSortEvalDataLoader):
-        return "only a full ranking leaves seen items out, and eval_args asks for another one"
-    if not hasattr(eval_data._dataset, "seen_items"):
-        return (
-            "the data set is RecBole's own, whose rows know the last items of a history only, until it is made by "
-            "recbole_llm.create_dataset"
-        )
-    return None
 
 
 class SequenceTrainer(Trainer):
@@ -112,9 +61,7 @@ class SequenceTrainer(Trainer):
         super().__init__(config, model)
         self.saved_model_file = self._free_name(f"{config['model']}-{config['dataset']}-{get_local_time()}")
         self.all_positions = False
-        self.loss_over = config["loss_over"] or "all"
-        check_losses(config)
-        self.negatives = torch.Generator().manual_seed(config["seed"] or 0)
+        self.item_loss = CatalogueLoss.from_config(config)
         self.loader = None
         self.dataset = None
         self._rows_loader = None
@@ -124,7 +71,7 @@ class SequenceTrainer(Trainer):
         if config["threads"]:
             torch.set_num_threads(config["threads"])
         self.evaluated_rows: list[int] | None = None
-        self.evaluated = None
+        self._take_out = None
         self.state_folder: Path | None = None
 
     @property
@@ -172,10 +119,10 @@ class SequenceTrainer(Trainer):
         Under `positions: all` the mean over the targets with loss; under `last` the model's own loss, unless `loss_over` asks for
         another one.
         """
-        if not self.all_positions and self.loss_over == "all":
+        if not self.all_positions and self.item_loss.over == "all":
             return self.model.calculate_loss(batch)
         hidden, target, _ = self.targets_of(batch)
-        return self.item_loss(hidden, target)
+        return self.item_loss(hidden, self.network.item_embedding.weight, target)
 
     def targets_of(self, batch) -> tuple[Tensor, Tensor, Tensor | None]:
         """States [T, d] and items [T] of the targets with loss, and their flat rows [T] where the batch has them."""
@@ -186,29 +133,6 @@ class SequenceTrainer(Trainer):
             return states(network, batch)[counts], targets[counts], batch["row_list"][counts]
         hidden = network(**forward_arguments(network, batch))
         return hidden, batch[network.POS_ITEM_ID], batch["row_list"] if self.wants_row_list else None
-
-    def item_loss(self, hidden: Tensor, target: Tensor) -> Tensor:
-        """The mean loss of states [T, d] whose targets are items [T]; `loss_over` says over which other items."""
-        table = self.network.item_embedding.weight
-        if self.loss_over == "all":
-            return losses.full_softmax_loss(hidden, table, target, self.rows_at_a_time)
-        drawn = losses.draw_negatives(self.sampling, self.config["loss_negatives"], self.negatives).to(target.device)
-        if self.loss_over == "gbce":
-            return losses.gbce_loss(hidden, table, target, drawn, self.config["loss_gbce_t"])
-        return losses.sampled_softmax_loss(hidden, table, target, drawn, self.sampling.to(target.device))
-
-    @property
-    def rows_at_a_time(self) -> int:
-        """How many targets are scored at a time."""
-        return losses.rows_at_a_time(self.config["loss_memory"] or 0, self.network.n_items, self.device)
-
-    @cached_property
-    def sampling(self) -> Tensor:
-        """Probability with which each item is drawn as a negative [n_items]."""
-        n_items = self.network.n_items
-        if self.config["loss_sampling"] == "uniform" or self.loss_over == "gbce":
-            return losses.uniform(n_items)
-        return losses.by_popularity(torch.bincount(self.dataset.inter_feat[self.dataset.iid_field], minlength=n_items))
 
     def fault_of_all(self) -> str | None:
         """Why, apart from causality, `batch_loss` at all positions would not be the model's own loss; None if it is."""
@@ -242,17 +166,19 @@ class SequenceTrainer(Trainer):
 
     def generator_states(self) -> dict[str, torch.Generator]:
         """Generators that an exact resume has to bring back, besides the global ones and the loader's."""
-        return {"negatives": self.negatives}
+        return {"negatives": self.item_loss.generator}
 
     def _prepare(self, train_data) -> None:
         """Choose between windows and RecBole's rows, say so, and make the loader."""
-        asked = self.config["positions"] or "auto"
+        asked = shared(self.config, "positions")
         if asked not in CHOICES["positions"]:
             raise ValueError(
                 f"positions={asked}: no such choice; there is {', '.join(CHOICES['positions'])}. "
                 "Set positions in a config file or on the command line."
             )
         self.dataset, self._rows_loader = train_data._dataset, train_data
+        items = self.dataset.inter_feat[self.dataset.iid_field]
+        self.item_loss.prepare(torch.bincount(items, minlength=self.dataset.item_num))
         self.__dict__.pop("_catalogue", None)  # a checkpoint written before `fit` knew no items
         log, why = (None, "positions=last was asked for") if asked == "last" else self._log_or_fault()
         if asked == "all" and log is None:
@@ -261,9 +187,9 @@ class SequenceTrainer(Trainer):
                 "Set positions to auto or last in a config file or on the command line."
             )
         self.all_positions = log is not None
-        if log is None and self.loss_over != "all" and (fault := self.fault_of_all()):
+        if log is None and self.item_loss.over != "all" and (fault := self.fault_of_all()):
             raise ValueError(
-                f"loss_over={self.loss_over}: {fault}; there is loss_over=all, the model's own loss. "
+                f"loss_over={self.item_loss.over}: {fault}; there is loss_over=all, the model's own loss. "
                 "Set loss_over in a config file or on the command line."
             )
         if log is None:
@@ -304,9 +230,7 @@ class SequenceTrainer(Trainer):
 
     def _window_size(self) -> tuple[int, int]:
         """Items of a window, and how many of them are context only; an overlap that does not fit is halved to fit."""
-        length = self.config["MAX_ITEM_LIST_LENGTH"]
-        asked = self.config["window_overlap"]
-        overlap = DEFAULT_OVERLAP if asked is None else asked
+        length, overlap = self.config["MAX_ITEM_LIST_LENGTH"], shared(self.config, "window_overlap")
         return length, overlap if overlap < length else length // 2
 
     def fit(self, train_data, valid_data=None, verbose=True, saved=True, show_progress=False, callback_fn=None):
@@ -362,35 +286,25 @@ class SequenceTrainer(Trainer):
             self.model.load_other_parameter(other)
             self.logger.info(f"Loading model structure and parameters from {file}")
             load_best_model = False
-        if not eval_data or self.config["seen_items"] != "mask":
+        if not eval_data or shared(self.config, "seen_items") == "keep":
             return super().evaluate(eval_data, load_best_model, model_file, show_progress)
-        if fault := cannot_mask(eval_data):
-            raise ValueError(
-                f"seen_items=mask: {fault}; there is seen_items=keep. Set seen_items in a config file or on the command line."
-            )
-        self.evaluated = eval_data._dataset
-        self.evaluated.pointer_column = POINTER
-        try:
-            return super().evaluate(eval_data, load_best_model, model_file, show_progress)
-        finally:
-            self.evaluated.pointer_column = None
-            self.evaluated = None
+        with seen_items_of(eval_data) as self._take_out:
+            try:
+                return super().evaluate(eval_data, load_best_model, model_file, show_progress)
+            finally:
+                self._take_out = None
 
     def _full_sort_batch_eval(self, batched_data):
         """Like RecBole's, but histories of like length are read together, and seen items are not ranked if that was asked for."""
+        rank = super()._full_sort_batch_eval
         batch, history, users, positives = batched_data
         if self.all_positions:  # only then is it proved that padding means nothing to the model
-            order, pieces = by_length(batch, self.model.ITEM_SEQ, self.model.ITEM_SEQ_LEN)
-            ranked = [
-                super(SequenceTrainer, self)._full_sort_batch_eval((piece, None, None, None))[1] for piece in pieces
-            ]
-            scores = torch.empty(len(batch), self.tot_item_num, dtype=ranked[0].dtype, device=ranked[0].device)
-            scores[order.to(scores.device)] = torch.cat(ranked)
+            columns = self.model.ITEM_SEQ, self.model.ITEM_SEQ_LEN
+            scores = scored_by_length(batch, *columns, lambda piece: rank((piece, history, users, positives))[1])
         else:
-            batch, scores, users, positives = super()._full_sort_batch_eval(batched_data)
-        if self.evaluated is not None:
-            row, item = self.evaluated.seen_items(batch[POINTER])
-            scores[row.to(scores.device), item.to(scores.device)] = -torch.inf
+            batch, scores, users, positives = rank(batched_data)
+        if self._take_out:
+            self._take_out(batch, scores)
         return batch, scores, users, positives
 
     def _save_checkpoint(self, epoch, verbose=True, **kwargs):

@@ -443,7 +443,7 @@ def test_every_declared_key_is_read_somewhere():
     unread = {
         key
         for key in declared - read_by_name - host_keys
-        if not re.search(rf"\[\"{key}\"\]|choice\(config, \"{key}\"|given\.get\(\"{key}\"", code)
+        if not re.search(rf"\[\"{key}\"\]|(choice|shared)\((self\.)?config, \"{key}\"|given\.get\(\"{key}\"", code)
         and not re.search(rf"config\[\"{key}\"\]", host)
     }
     assert not unread

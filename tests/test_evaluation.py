@@ -6,7 +6,7 @@ from recbole.trainer import Trainer
 
 from recbole_llm.config import Config
 from recbole_llm.dataset import create_dataset
-from recbole_llm.sequences import by_length
+from recbole_llm.evaluation import by_length
 from recbole_llm.trainer import SequenceTrainer
 from tests.small_logs import random_log, stock, write_log
 

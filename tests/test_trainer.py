@@ -16,6 +16,7 @@ from recbole.utils import EvaluatorType, InputType, ModelType
 
 from recbole_llm import checkpoint
 from recbole_llm.artifacts import DamagedArtifact, digest, tensors_digest
+from recbole_llm.losses import rows_at_a_time
 from recbole_llm.sequences import WindowLoader
 from recbole_llm.trainer import SequenceTrainer, config_from_settings, read_checkpoint, write_checkpoint
 from tests.ring import RING
@@ -158,7 +159,7 @@ def test_negatives_are_those_of_the_trainers_seed(small):
     for seed in (1, 1, 2):
         parts = stock(small, "small", epochs=1, **SAMPLED | {"loss_negatives": 3}, **NO_DROPOUT)
         trainer = SequenceTrainer(parts.config, parts.model)
-        trainer.negatives.manual_seed(seed)
+        trainer.item_loss.generator.manual_seed(seed)
         trainer.fit(parts.train, saved=False)
         losses.append(trainer.train_loss_dict)
     assert losses[0] == losses[1] != losses[2]
@@ -170,7 +171,8 @@ def test_memory_of_the_loss_changes_nothing_but_rounding(small):
         parts = stock(small, "small", epochs=2, loss_memory=memory, **NO_DROPOUT)
         trainer = SequenceTrainer(parts.config, parts.model)
         trainer.fit(parts.train, saved=False)
-        assert (trainer.rows_at_a_time < 20) is (memory > 0)
+        assert trainer.item_loss.memory == memory
+        assert (rows_at_a_time(memory, parts.dataset.item_num, "cpu") < 20) is (memory > 0)
         losses.append(list(trainer.train_loss_dict.values()))
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 

@@ -33,7 +33,7 @@ from recbole_llm.distillation import (
     truth_confidence,
 )
 from recbole_llm.knowledge import Attached, attach, ensure, item_vectors
-from recbole_llm.losses import chunked_loss
+from recbole_llm.losses import chunked_loss, rows_at_a_time
 from recbole_llm.trainer import SequenceTrainer
 
 
@@ -352,10 +352,11 @@ class DLLM2RecTrainer(SequenceTrainer):
         settings = self.settings
         index = self.attached.index[row] if settings.uses_rows else None
         negative = self._negatives(self._seen(batch), target) if settings.base == "bce" else None
-        over_all = settings.base == "softmax" and self.loss_over == "all"
-        base = None if over_all or negative is not None else self.item_loss(hidden, target)
+        over_all = settings.base == "softmax" and self.item_loss.over == "all"
+        table = self.network.item_embedding.weight
+        base = None if over_all or negative is not None else self.item_loss(hidden, table, target)
         if index is None and not settings.robust and negative is None:
-            return self.item_loss(hidden, target) if base is None else base
+            return self.item_loss(hidden, table, target) if base is None else base
         labelled = None if index is None else int((index >= 0).sum())
 
         def terms(scores, chunk):
@@ -367,7 +368,8 @@ class DLLM2RecTrainer(SequenceTrainer):
                 parts.append(settings.weight * ranking / max(1, labelled))
             return tuple(parts)
 
-        first, *others = chunked_loss(hidden, self.network.item_embedding.weight, terms, self.rows_at_a_time)
+        rows = rows_at_a_time(self.item_loss.memory, len(table), self.device)
+        first, *others = chunked_loss(hidden, table, terms, rows)
         first = first if base is None else first + base
         return (first, *others) if others else first
 
@@ -397,12 +399,12 @@ class DLLM2RecTrainer(SequenceTrainer):
         """One uniform item per target that is neither in its history nor the target, from the trainer's own generator."""
         n_items = self.model.n_items
         taken = torch.cat([seen, target.unsqueeze(1)], dim=1)
-        drawn = torch.randint(1, n_items, target.shape, generator=self.negatives).to(target.device)
+        drawn = torch.randint(1, n_items, target.shape, generator=self.item_loss.generator).to(target.device)
         wrong = (taken == drawn.unsqueeze(1)).any(dim=1)
         for _ in range(3):  # a rejected draw is drawn again
             if not wrong.any():
                 return drawn
-            again = torch.randint(1, n_items, target.shape, generator=self.negatives).to(target.device)
+            again = torch.randint(1, n_items, target.shape, generator=self.item_loss.generator).to(target.device)
             drawn = torch.where(wrong, again, drawn)
             wrong = (taken == drawn.unsqueeze(1)).any(dim=1)
         # what is left has read most of a small catalogue: draw from what is free, or from all if nothing is
@@ -410,7 +412,7 @@ class DLLM2RecTrainer(SequenceTrainer):
         free[:, 0] = 0
         free[free.sum(dim=1) == 0, 1:] = 1
         if len(free):
-            drawn[wrong] = torch.multinomial(free, 1, generator=self.negatives).squeeze(1).to(drawn.device)
+            drawn[wrong] = torch.multinomial(free, 1, generator=self.item_loss.generator).squeeze(1).to(drawn.device)
         return drawn
 
     def _ranking(self, logits, index, negative):

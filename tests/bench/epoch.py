@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from recbole_llm.artifacts import write_json
 from recbole_llm.config import Config
+from recbole_llm.losses import rows_at_a_time
 from recbole_llm.trainer import SequenceTrainer
 
 SETTINGS = {
@@ -66,7 +67,7 @@ def floor(trainer: SequenceTrainer) -> dict[str, float]:
         out = torch.matmul(a, b)
         products += count * best(lambda a=a, b=b, out=out: torch.matmul(a, b, out=out))
     targets, n_items = len(trainer.loader.log.rows()), trainer.network.n_items
-    rows = trainer.rows_at_a_time
+    rows = rows_at_a_time(trainer.item_loss.memory, n_items, "cpu")
     scores = torch.randn(rows, n_items)
     copy = torch.empty_like(scores)
     return {"products": products, "scores": targets / rows * best(lambda: copy.copy_(scores))}
