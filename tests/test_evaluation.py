@@ -48,6 +48,21 @@ def test_metrics_are_recboles_to_six_digits(small, monkeypatch, model, eval_batc
         assert len(parts.trainer.ranks) == len(part._dataset) == 90
 
 
+def test_all_users_of_ml_1m_are_ranked_with_recboles_metrics(shared_data):
+    load = {"load_col": {"inter": ["user_id", "item_id", "timestamp"]}, "normalize_field": ["timestamp"]}
+    parts = stock(
+        shared_data, "ml-1m", make=create_dataset, **METRICS | load, MAX_ITEM_LIST_LENGTH=50, eval_batch_size=1024
+    )
+    trainer, own = SequenceTrainer(parts.config, parts.model), Trainer(parts.config, parts.model)
+    trainer.all_positions = True  # SASRec is, as other tests show
+    with torch.no_grad():  # scores that differ from user to user without a training
+        parts.model.item_embedding.weight.mul_(50)
+    own.eval_collector.data_collect(parts.train)
+    expected = own.evaluate(parts.test, load_best_model=False)
+    assert dict(trainer.evaluate(parts.test, load_best_model=False)) == pytest.approx(dict(expected), abs=1e-6)
+    assert len(trainer.ranks) == 6040 and expected["recall@10"] > 0
+
+
 def test_pieces_are_of_like_length_and_have_every_row_once(small):
     batch = trained(small).test._dataset[torch.arange(90)]
     order, pieces = by_length(batch, "item_id_list", "item_length", limit=40)

@@ -16,6 +16,7 @@ from recbole.utils import EvaluatorType, InputType, ModelType
 
 from recbole_llm import checkpoint
 from recbole_llm.artifacts import DamagedArtifact, digest, tensors_digest
+from recbole_llm.dataset import create_dataset as create_flat
 from recbole_llm.losses import rows_at_a_time
 from recbole_llm.sequences import WindowLoader
 from recbole_llm.trainer import SequenceTrainer, config_from_settings, read_checkpoint, write_checkpoint
@@ -75,6 +76,28 @@ def test_auto_takes_windows_only_where_they_train_the_models_own_loss(small, cap
     said = {"windows": "does not depend on later items", "rows": "positions=last was asked for"}
     said |= {"negatives": "loss_type=BPR", "not causal": "STAMP does not run on all positions"}
     assert len(lines) == 1 and said[way] in lines[0] and "CPU threads" in lines[0]
+
+
+ON_ROWS = {
+    "NARM": {},
+    "STAMP": {},
+    "Caser": {},
+    "NextItNet": {"residual_channels": 16, "block_num": 1},
+    "LightSANs": {},
+    "BERT4Rec": {},
+    "FPMC": BPR,
+}
+
+
+@pytest.mark.parametrize("model", ON_ROWS)
+def test_models_that_need_their_rows_are_trained_by_the_same_trainer(small, caplog, model):
+    parts = stock(small, "small", model, create_flat, epochs=1, **ON_ROWS[model])
+    before = [weight.clone() for weight in parts.model.parameters()]
+    trainer, lines = log_lines(caplog, parts, saved=False)
+    assert not trainer.all_positions and trainer.loader is parts.train
+    assert len(lines) == 1 and "last position" in lines[0]
+    assert any(not torch.equal(old, new) for old, new in zip(before, parts.model.parameters(), strict=True))
+    assert 0 <= trainer.evaluate(parts.test, load_best_model=False)["ndcg@5"] <= 1
 
 
 def test_a_loss_with_further_terms_keeps_its_rows(small):
