@@ -4,10 +4,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 ARGS ?= --model=DLLM2Rec --dataset=ml-100k --teacher=BIGRec
 
-.PHONY: help run test check slow stacks bench wheel clean
+.PHONY: help run test check slow stacks bench bench-full tune wheel clean
 
 help: ## Show what there is
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
 $(READY): setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -35,9 +35,17 @@ stacks: $(READY) ## The fast tests on the newest packages and on numpy 1.26 + pa
 	$(VENV)-old/bin/python -m pip install -q -c constraints-old.txt -e '.[dev]'
 	$(VENV)-old/bin/python -m pytest
 
-bench: $(READY) ## Speed as ratios within one run; prints a table, writes JSON
-	$(BIN)/python -m tests.bench.serving
+bench: $(READY) ## Speed and memory as ratios within one run; prints tables, writes JSON (15 minutes on 2 cores, needs ../shared/data)
+	$(BIN)/python -m tests.bench.epoch
 	$(BIN)/python -m tests.bench.dataset
+	$(BIN)/python -m tests.bench.serving
+
+bench-full: $(READY) ## Time to RecBole's quality, and quality after convergence; hours, resumable
+	$(BIN)/python -m tests.bench.time_to
+	$(BIN)/python -m tests.bench.convergence
+
+tune: $(READY) ## The tuned baselines again: hours, resumable, finished trials are taken from tests/bench/tuned
+	$(BIN)/python -m tests.bench.tune
 
 wheel: $(READY) ## dist/*.whl
 	$(BIN)/python -m build --wheel
