@@ -236,7 +236,8 @@ def as_index(index: Any) -> int | slice | Tensor:
     if isinstance(index, list | tuple | range | np.ndarray):
         index = np.asarray(index)
         index = torch.from_numpy(index if index.dtype == bool else index.astype(np.int64, copy=False))
-    return int(index) if isinstance(index, np.integer) else index
+    is_number = isinstance(index, np.integer) or (isinstance(index, Tensor) and index.dim() == 0)
+    return int(index) if is_number else index
 
 
 class FlatSequentialDataset(SequentialDataset):

@@ -236,7 +236,7 @@ def test_parts_of_rows_are_rows_and_single_rows_are_plain(data_path):
         part = ours[index]
         assert isinstance(part["item_id_list"], ListColumn) and torch.equal(part.pointer, ours.pointer[as_list(index)])
         assert_same(part.dense(), theirs[list(index) if isinstance(index, range) else index])
-    for index in (3, np.int64(3), -1):
+    for index in (3, np.int64(3), torch.tensor(3), -1):
         assert_same(ours[index], theirs[index])
     for rows in (theirs, ours):
         rows.sort(["item_id", "timestamp"])
