@@ -11,11 +11,12 @@ import logging
 from pathlib import Path
 from time import perf_counter
 
-from recbole.data import create_dataset, data_preparation
+from recbole.data import data_preparation
 from recbole.utils import get_model, init_seed
 
 from recbole_llm.artifacts import read_json, write_json
 from recbole_llm.config import Config
+from recbole_llm.dataset import create_dataset
 from recbole_llm.report import paired_gain, row_metric
 from recbole_llm.trainer import SequenceTrainer
 

@@ -12,11 +12,12 @@ from pathlib import Path
 from time import perf_counter
 
 import torch
-from recbole.data import create_dataset, data_preparation
+from recbole.data import data_preparation
 from recbole.utils import get_model, init_seed
 
 from recbole_llm.artifacts import digest, read_json, write_json
 from recbole_llm.config import Config
+from recbole_llm.dataset import create_dataset
 from recbole_llm.trainer import SequenceTrainer
 
 RESULTS = Path(__file__).parent / "tuned"
