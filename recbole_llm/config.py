@@ -290,9 +290,13 @@ def role_config(config: RecBoleConfig, role: str) -> Config:
 
 
 def shared(config: Mapping[str, Any], key: str) -> Any:
-    """A setting of `overall.yaml`, with its default there under RecBole's own Config, which knows no such layer."""
-    value = config[key]
-    return _overall()[key] if value is None else value
+    """A setting of `overall.yaml`; under RecBole's own Config, which knows no such layer, its default there.
+
+    Raises:
+        ValueError: The value is none of its choices, which RecBole's own Config does not check.
+    """
+    value = _overall()[key] if config[key] is None else config[key]
+    return choice({key: value}, key, CHOICES[key]) if key in CHOICES else value
 
 
 @functools.cache

@@ -21,7 +21,7 @@ from recbole_llm import checkpoint
 from recbole_llm.artifacts import DamagedArtifact
 from recbole_llm.causality import forward_arguments, is_causal, sample_rows, states, undisturbed
 from recbole_llm.checkpoint import config_from_settings, read_checkpoint, write_checkpoint
-from recbole_llm.config import CHOICES, shared
+from recbole_llm.config import shared
 from recbole_llm.evaluation import KeepsRanks, scored_by_length, seen_items_of
 from recbole_llm.item_text import ItemText
 from recbole_llm.layers import fast_layers
@@ -171,11 +171,6 @@ class SequenceTrainer(Trainer):
     def _prepare(self, train_data) -> None:
         """Choose between windows and RecBole's rows, say so, and make the loader."""
         asked = shared(self.config, "positions")
-        if asked not in CHOICES["positions"]:
-            raise ValueError(
-                f"positions={asked}: no such choice; there is {', '.join(CHOICES['positions'])}. "
-                "Set positions in a config file or on the command line."
-            )
         self.dataset, self._rows_loader = train_data._dataset, train_data
         items = self.dataset.inter_feat[self.dataset.iid_field]
         self.item_loss.prepare(torch.bincount(items, minlength=self.dataset.item_num))

@@ -511,6 +511,17 @@ def test_rows_that_the_teacher_was_tuned_on_get_no_ranking_term(noise, tmp_path)
     )
 
 
+def test_drawn_negatives_replace_the_full_softmax_of_the_base_loss(noise, tmp_path):
+    """With sampled softmax the labels still reach the student; a base of bce draws its own negative and is refused."""
+    knowledge = ask(prepared(noise, **NOISE), tmp_path / "kn", k=1)
+    sampled = {"loss_over": "sampled", "loss_negatives": 8}
+    assert share_of_ring_steps(distilled(noise, knowledge, **LABELS_ONLY, **sampled)) > 0.9
+    still_full = still(noise, knowledge, **LABELS_ONLY | {"epochs": 1})
+    assert still(noise, knowledge, **LABELS_ONLY | {"epochs": 1}, **sampled) != still_full
+    with pytest.raises(ValueError, match="loss_over=sampled: distill_base=bce draws one negative of its own"):
+        student(prepared(noise, **NOISE, **sampled, distill_mode="paper"))
+
+
 def test_a_teacher_that_was_tuned_on_every_row_is_refused(noise):
     parts = prepared(noise, **NOISE)
     knowledge = ask(parts, "kn", Oracle(parts.config, parts.train._dataset, tuned=10_000))

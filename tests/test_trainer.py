@@ -115,10 +115,11 @@ def test_a_loss_with_further_terms_keeps_its_rows(small):
     [
         ("NARM", {"positions": "all"}, "positions=all: NARM does not run .* Set positions to auto or last"),
         ("SASRec", {"positions": "all"} | BPR, "positions=all: loss_type=BPR"),
-        ("SASRec", {"positions": "first"}, "positions=first: no such choice; there is auto, all, last"),
+        ("SASRec", {"positions": "first"}, "positions=first: no such choice. There is auto, all, last"),
         ("SASRec", {"window_overlap": -1}, "window_overlap=-1: "),
         ("SASRec", {"loss_over": "sampled"} | BPR, "loss_over=sampled: loss_type=BPR .* there is loss_over=all"),
         ("NPE", {"loss_over": "gbce"}, "loss_over=gbce: NPE"),
+        ("SASRec", {"loss_over": "samples"}, "loss_over=samples: no such choice; did you mean 'sampled'"),
         ("SASRec", {"loss_memory": -1}, "loss_memory=-1: not possible; there is 0 .* Set loss_memory"),
         ("SASRec", {"loss_negatives": 0}, "loss_negatives=0: not possible; there is 1 or more"),
         ("SASRec", {"loss_gbce_t": 1.5}, "loss_gbce_t=1.5: not possible; there is 0 to 1"),

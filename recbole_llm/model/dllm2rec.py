@@ -297,6 +297,11 @@ class DLLM2RecTrainer(SequenceTrainer):
         super().__init__(config, model)
         self.settings: Distillation = model.settings
         self.attached: Attached | None = None
+        if self.settings.base == "bce" and self.item_loss.over != "all":
+            raise ValueError(
+                f"loss_over={self.item_loss.over}: distill_base=bce draws one negative of its own; there is distill_base=softmax. "
+                "Set one of them."
+            )
         refuse_other_scores(model.student)
 
     @property
