@@ -12,13 +12,10 @@ matrix product instead of a gather; the expectation is the same.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-
-from recbole_llm.config import shared
 
 _LOG2_E = math.log2(math.e)
 _MEBIBYTE = 2**20
@@ -224,6 +221,9 @@ class CatalogueLoss:
         t: Calibration of gbce.
         memory: Mebibytes of scores that may exist at a time, see `rows_at_a_time`.
         generator: Source of the negatives.
+
+    Raises:
+        ValueError: A number that means nothing; the message names its setting and what there is instead.
     """
 
     over: str
@@ -234,27 +234,17 @@ class CatalogueLoss:
     generator: torch.Generator
     probability: Tensor | None = None
 
-    @classmethod
-    def from_config(cls, config: Any) -> "CatalogueLoss":
-        """Read `loss_*` and `seed`.
-
-        Raises:
-            ValueError: A number that means nothing; the message names it and what there is instead.
-        """
-        count, t = shared(config, "loss_negatives"), shared(config, "loss_gbce_t")
-        memory = shared(config, "loss_memory")
+    def __post_init__(self):
         checks = [
-            ("loss_negatives", count, count >= 1 and count == int(count), "1 or more"),
-            ("loss_gbce_t", t, 0 <= t <= 1, "0 to 1"),
-            ("loss_memory", memory, memory >= 0, "0 (what suits the device) or a number of mebibytes"),
+            ("loss_negatives", self.count, self.count >= 1 and self.count == int(self.count), "1 or more"),
+            ("loss_gbce_t", self.t, 0 <= self.t <= 1, "0 to 1"),
+            ("loss_memory", self.memory, self.memory >= 0, "0 (what suits the device) or a number of mebibytes"),
         ]
         for key, value, fits, there_is in checks:
             if not fits:
                 raise ValueError(
                     f"{key}={value}: not possible; there is {there_is}. Set {key} in a config file or on the command line."
                 )
-        generator = torch.Generator().manual_seed(config["seed"] or 0)
-        return cls(shared(config, "loss_over"), int(count), shared(config, "loss_sampling"), t, memory, generator)
 
     def prepare(self, counts: Tensor) -> None:
         """Say how often each item is a target [n_items], padding included, before the first loss."""
@@ -266,7 +256,7 @@ class CatalogueLoss:
         if self.over == "all":
             rows = rows_at_a_time(self.memory, len(table), states.device)
             return full_softmax_loss(states, table, targets, rows)
-        negatives = draw_negatives(self.probability, self.count, self.generator).to(targets.device)
+        negatives = draw_negatives(self.probability, int(self.count), self.generator).to(targets.device)
         if self.over == "gbce":
             return gbce_loss(states, table, targets, negatives, self.t)
         return sampled_softmax_loss(states, table, targets, negatives, self.probability.to(targets.device))

@@ -61,7 +61,14 @@ class SequenceTrainer(Trainer):
         super().__init__(config, model)
         self.saved_model_file = self._free_name(f"{config['model']}-{config['dataset']}-{get_local_time()}")
         self.all_positions = False
-        self.item_loss = CatalogueLoss.from_config(config)
+        self.item_loss = CatalogueLoss(
+            over=shared(config, "loss_over"),
+            count=shared(config, "loss_negatives"),
+            sampling=shared(config, "loss_sampling"),
+            t=shared(config, "loss_gbce_t"),
+            memory=shared(config, "loss_memory"),
+            generator=torch.Generator().manual_seed(config["seed"] or 0),
+        )
         self.loader = None
         self.dataset = None
         self._rows_loader = None
