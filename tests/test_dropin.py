@@ -1,6 +1,7 @@
 """RecBole's own pipelines with one more line, `import recbole_llm`."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,18 @@ def test_run_recbole_finds_and_runs_our_models(model, ring, tiny_lm):
     result = run_recbole(model=model, dataset="ring", config_dict=ring_settings(ring, model, tiny_lm))
     assert set(result["test_result"]) == {"recall@1", "recall@10", "ndcg@1", "ndcg@10", "mrr@1", "mrr@10"}
     assert list(Path("saved").glob(f"{model}-ring-*.safetensors"))
+
+
+def test_the_fast_script_of_the_readme_runs_as_it_stands(caplog):
+    text = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    (script,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.S) if "SequenceTrainer" in block]
+    short = script.replace("None}", 'None, "epochs": 1, "MAX_ITEM_LIST_LENGTH": 10}')
+    assert short != script
+    space = {}
+    caplog.set_level("INFO")
+    exec(short, space)
+    assert space["trainer"].all_positions and space["test"]._dataset.flat_log is not None
+    assert "does not depend on later items" in caplog.text
 
 
 def test_run_recbole_takes_config_files(ring, tiny_lm, tmp_path):
