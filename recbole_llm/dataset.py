@@ -12,14 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 from recbole.data import create_dataset as recbole_create_dataset
-from recbole.data import dataset as recbole_datasets
 from recbole.data.dataset import SequentialDataset
 from recbole.data.interaction import Interaction
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from recbole_llm.compat import parse_in_c
-from recbole_llm.hooks import replaced
+from recbole_llm.hooks import sequential_dataset
 
 _aten = torch.ops.aten
 
@@ -33,7 +32,7 @@ def create_dataset(config: Any) -> Any:
     Args:
         config: A RecBole Config.
     """
-    with replaced(recbole_datasets, "SequentialDataset", FlatSequentialDataset):
+    with sequential_dataset(FlatSequentialDataset):
         return recbole_create_dataset(config)
 
 
@@ -154,7 +153,7 @@ class ListColumn(Tensor):
             return cls(column.log, column.field, operation(column.pointer, *rest))
         if operation is _aten.select.int and column is not None and rest[0] == 0:
             return column.dense(operation(column.pointer, *rest)[None])[0]
-        if operation is _aten.index.Tensor and column is not None and len(rest[0]) == 1:
+        if operation is _aten.index.Tensor and column is not None and chooses_rows(rest[0]):
             chosen = column.pointer[rest[0][0]]
             return column.dense(chosen.flatten()).view(*chosen.shape, *column.shape[1:])
         args, kwargs = pytree.tree_map_only(cls, cls.dense, (args, kwargs))
@@ -229,6 +228,11 @@ class Rows(Interaction):
                 for name, values in self.interaction.items()
             }
         )
+
+
+def chooses_rows(indices: list[Tensor | None]) -> bool:
+    """Whether an index as torch hands it on is one of rows alone: a mask of several dimensions chooses elements."""
+    return len(indices) == 1 and (indices[0].dtype != torch.bool or indices[0].dim() == 1)
 
 
 def as_index(index: Any) -> int | slice | Tensor:

@@ -10,6 +10,7 @@ from recbole.data.interaction import Interaction
 from recbole.evaluator import Evaluator
 from torch import Tensor
 
+from recbole_llm.hooks import replaced
 from recbole_llm.sequences import pack
 
 POINTER = "row_pointer"
@@ -31,7 +32,7 @@ class KeepsRanks(Evaluator):
         return super().evaluate(dataobject)
 
 
-def by_length(batch: Interaction, items: str, length: str, limit: int = 16384) -> tuple[Tensor, list[Interaction]]:
+def by_length(batch: Interaction, items: str, length: str, limit: int = 16384) -> Iterator[tuple[Tensor, Interaction]]:
     """A batch of padded histories as smaller ones of like length, each cut to its longest history.
 
     Args:
@@ -40,43 +41,38 @@ def by_length(batch: Interaction, items: str, length: str, limit: int = 16384) -
         length: Column of its length `[B]`.
         limit: Most items of the smaller batches.
 
-    Returns:
-        The rows in the order in which the smaller batches have them `[B]`, and these batches.
+    Yields:
+        Which rows they are `[b]`, and these rows as a batch.
     """
-    order = torch.sort(batch[length], stable=True).indices
-    pieces = []
-    for rows in pack(order, batch[length], limit):
+    for rows in pack(torch.sort(batch[length], stable=True).indices, batch[length], limit):
         piece = batch[rows]
-        pieces.append(Interaction(piece.interaction | {items: piece[items][:, : int(piece[length].max())]}))
-    return order, pieces
+        yield rows, Interaction(piece.interaction | {items: piece[items][:, : int(piece[length].max())]})
 
 
 def scored_by_length(batch: Interaction, items: str, length: str, score: Callable[[Interaction], Tensor]) -> Tensor:
     """Scores of a batch's rows [B, n_items], computed on `by_length`'s smaller batches by `score`."""
-    order, pieces = by_length(batch, items, length)
-    ranked = torch.cat([score(piece) for piece in pieces])
-    scores = torch.empty_like(ranked)
-    scores[order.to(scores.device)] = ranked
+    scores = None
+    for rows, piece in by_length(batch, items, length):
+        ranked = score(piece)
+        if scores is None:
+            scores = ranked.new_empty(len(batch), ranked.shape[1])
+        scores[rows.to(scores.device)] = ranked
     return scores
 
 
-@contextmanager
-def seen_items_of(eval_data: Any) -> Iterator[Callable[[Interaction, Tensor], None]]:
-    """While this lasts, batches of a loader tell their rows; gives the function that takes seen items out of their scores.
-
-    A target that the user had met before is taken out, too: to leave it in would give it away. So it counts as not found.
+def refuse_unmaskable(eval_data: Any) -> None:
+    """Refuse `seen_items: mask` where it cannot be done.
 
     Args:
-        eval_data: RecBole's loader for full ranking, of a `FlatSequentialDataset`.
+        eval_data: The loader of an evaluation.
 
     Raises:
-        ValueError: The loader is of another kind.
+        ValueError: It is not RecBole's loader for full ranking, or not of a `FlatSequentialDataset`.
     """
-    dataset = eval_data._dataset
     fault = None
     if not isinstance(eval_data, FullSortEvalDataLoader):
         fault = "only a full ranking leaves seen items out, and eval_args asks for another one"
-    elif not hasattr(dataset, "seen_items"):
+    elif not hasattr(eval_data._dataset, "seen_items"):
         fault = (
             "the data set is RecBole's own, whose rows know the last items of a history only, until it is made by "
             "recbole_llm.create_dataset"
@@ -86,12 +82,31 @@ def seen_items_of(eval_data: Any) -> Iterator[Callable[[Interaction, Tensor], No
             f"seen_items=mask: {fault}; there is seen_items=keep. Set seen_items in a config file or on the command line."
         )
 
-    def take_out(batch: Interaction, scores: Tensor) -> None:
-        row, item = dataset.seen_items(batch[POINTER])
-        scores[row.to(scores.device), item.to(scores.device)] = -torch.inf
 
-    dataset.pointer_column = POINTER
-    try:
-        yield take_out
-    finally:
-        dataset.pointer_column = None
+@contextmanager
+def seen_items_of(eval_data: Any) -> Iterator[Callable[[Interaction, Tensor, Tensor], Tensor]]:
+    """While this lasts, batches of a loader tell their rows; gives the function that ranks seen items last.
+
+    That function takes a batch, its scores [B, n_items], which it changes, and the targets [B], and returns the targets as they are
+    to be looked for: a target that the user had met before cannot be found, since to leave it in would give it away; the padding
+    item, which stands behind everything, takes its place.
+
+    Args:
+        eval_data: RecBole's loader for full ranking, of a `FlatSequentialDataset`.
+
+    Raises:
+        ValueError: The loader is of another kind.
+    """
+    refuse_unmaskable(eval_data)
+    dataset = eval_data._dataset
+
+    def rank_last(batch: Interaction, scores: Tensor, targets: Tensor) -> Tensor:
+        row, item = (each.to(scores.device) for each in dataset.seen_items(batch[POINTER]))
+        # not -inf, which the padding has: where few items are left unseen, the seen ones come before it
+        scores[row, item] = torch.finfo(scores.dtype).min
+        again = torch.zeros(len(targets), dtype=torch.bool, device=scores.device)
+        again[row[item == targets.to(scores.device)[row]]] = True
+        return targets.masked_fill(again.to(targets.device), 0)
+
+    with replaced(dataset, "pointer_column", POINTER):
+        yield rank_last

@@ -53,6 +53,13 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
         setattr(owner, name, before)
 
 
+def sequential_dataset(kind: type) -> Any:
+    """While this context lasts, RecBole's `create_dataset` takes `kind` where it would take its SequentialDataset."""
+    import recbole.data.dataset
+
+    return replaced(recbole.data.dataset, "SequentialDataset", kind)
+
+
 class ModelFinder(MetaPathFinder, Loader):
     """Answers `import recbole.model.sequential_recommender.<file of ours>` with the module `recbole_llm.model.<file>`.
 

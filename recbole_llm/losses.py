@@ -19,18 +19,20 @@ from torch.nn import functional
 
 _LOG2_E = math.log2(math.e)
 _MEBIBYTE = 2**20
+RECORDED = 10
+"""Tables of a chunk's scores that autograd holds while it finds the gradient of many terms (`chunked_loss`)."""
 
 
 def rows_at_a_time(memory: float, n_items: int, device: torch.device | str) -> int:
     """How many targets may be scored at a time.
 
     Args:
-        memory: Mebibytes of scores that may exist at a time; 0 takes what stays in a processor's cache on a CPU (4), and
+        memory: Mebibytes of scores that may exist at a time; 0 takes what stays in a processor's cache on a CPU (8), and
             enough to keep a GPU busy (256).
         n_items: Scores of a target.
         device: Where they are computed.
     """
-    memory = memory or (256 if torch.device(device).type == "cuda" else 4)
+    memory = memory or (256 if torch.device(device).type == "cuda" else 8)
     return max(1, int(memory * _MEBIBYTE / (4 * n_items)))
 
 
@@ -106,13 +108,11 @@ def chunked_loss(states: Tensor, table: Tensor, terms: Terms, rows: int) -> tupl
     Returns:
         The terms, as numbers; the gradient of their sum comes with the first one, so add them up before `backward`.
     """
-    total, *values = _Chunked.apply(states, table, terms, rows)
-    first, *others = values
-    return (total - total.detach() + first, *others)
+    return _Chunked.apply(states, table, terms, rows)
 
 
 class _Chunked(torch.autograd.Function):
-    """The sum of all terms, whose gradient is known when it is, and each term as a number."""
+    """Each term as a number; the first one has the gradient of their sum, which is known when the terms are."""
 
     @staticmethod
     def forward(ctx, states: Tensor, table: Tensor, terms: Terms, rows: int) -> tuple[Tensor, ...]:
@@ -134,8 +134,8 @@ class _Chunked(torch.autograd.Function):
                 sums = now if not sums else [a + b for a, b in zip(sums, now, strict=True)]
         ctx.save_for_backward(to_states, to_table)
         ctx.types = states.dtype, table.dtype
-        ctx.mark_non_differentiable(*sums)
-        return sum(sums), *sums
+        ctx.mark_non_differentiable(*sums[1:])
+        return tuple(sums)
 
     @staticmethod
     def backward(ctx, gradient: Tensor, *_):

@@ -118,7 +118,9 @@ def refuse_early(config: Config, data: Data) -> None:
                 f"model={each['model']}: it has a trainer of its own, or is no sequential model; this runner trains RecBole's sequential "
                 "models and ours. Run it with RecBole's run_recbole, which `import recbole_llm` leaves as it is."
             )
-        trainer_class(each)(each, model)
+        trainer = trainer_class(each)(each, model)
+        for part in (data.valid, data.test):
+            trainer.refuse_early(part)
 
 
 def distillation(config: Config, data: Data) -> list[report.Line]:

@@ -25,6 +25,10 @@ from recbole_llm.trainer import read_checkpoint, trainer_class
 NOT_IDENTITY = {
     "teacher_eval_rows", "eval_batch_size", "eval_step", "loss_decimal_place", "generate_tokens_per_batch",
 }  # fmt: skip
+# Settings of overall.yaml that shape a model trained on the log; an LLM's training reads none of them.
+OF_THE_LOG = {
+    "positions", "window_overlap", "loss_over", "loss_negatives", "loss_sampling", "loss_gbce_t", "seen_items",
+}  # fmt: skip
 LABELLING = ("generate_", "ground_")  # settings that change the labels, but not the training
 
 
@@ -86,7 +90,7 @@ def sample_of_rows(n_rows: int, count: int, seed: int) -> Tensor:
 def identity(config: Any, labelling: bool) -> dict[str, Any]:
     """The settings that make a teacher what it is, and with `labelling` those that shape its labels, too."""
     name = config["model"]
-    keys = set(read_yaml(PROPERTIES / "model" / f"{name}.yaml")) or set(read_yaml(recbole_yaml(name)))
+    keys = set(read_yaml(PROPERTIES / "model" / f"{name}.yaml")) or set(read_yaml(recbole_yaml(name))) | OF_THE_LOG
     keys = (keys | {*training_arguments, "seed", "title_field"}) - NOT_IDENTITY
     if "teacher_history" not in keys:  # what has a history of its own does not depend on the student's rows
         keys.add("MAX_ITEM_LIST_LENGTH")

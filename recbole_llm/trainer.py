@@ -22,7 +22,8 @@ from recbole_llm.artifacts import DamagedArtifact
 from recbole_llm.causality import forward_arguments, is_causal, sample_rows, states, undisturbed
 from recbole_llm.checkpoint import config_from_settings, read_checkpoint, write_checkpoint
 from recbole_llm.config import shared
-from recbole_llm.evaluation import KeepsRanks, scored_by_length, seen_items_of
+from recbole_llm.evaluation import KeepsRanks, refuse_unmaskable, scored_by_length, seen_items_of
+from recbole_llm.hooks import replaced
 from recbole_llm.item_text import ItemText
 from recbole_llm.layers import fast_layers
 from recbole_llm.losses import CatalogueLoss
@@ -49,8 +50,8 @@ class SequenceTrainer(Trainer):
         continues exactly where the last evaluated epoch ended.
 
     Args:
-        config: RecBole Config; reads `positions`, `window_overlap`, `loss_*`, `train_batch_size` (targets), `seed`,
-            `MAX_ITEM_LIST_LENGTH`, and what RecBole's Trainer reads.
+        config: RecBole Config; reads `positions`, `window_overlap`, `loss_*`, `seen_items`, `threads`, `train_batch_size` (targets),
+            `seed`, `MAX_ITEM_LIST_LENGTH`, and what RecBole's Trainer reads.
         model: The model, on its device.
     """
 
@@ -61,6 +62,7 @@ class SequenceTrainer(Trainer):
         super().__init__(config, model)
         self.saved_model_file = self._free_name(f"{config['model']}-{config['dataset']}-{get_local_time()}")
         self.all_positions = False
+        self.seen_items = shared(config, "seen_items")
         self.item_loss = CatalogueLoss(
             over=shared(config, "loss_over"),
             count=shared(config, "loss_negatives"),
@@ -78,7 +80,7 @@ class SequenceTrainer(Trainer):
         if config["threads"]:
             torch.set_num_threads(config["threads"])
         self.evaluated_rows: list[int] | None = None
-        self._take_out = None
+        self._rank_last = None
         self.state_folder: Path | None = None
 
     @property
@@ -175,6 +177,11 @@ class SequenceTrainer(Trainer):
         """Generators that an exact resume has to bring back, besides the global ones and the loader's."""
         return {"negatives": self.item_loss.generator}
 
+    def refuse_early(self, eval_data) -> None:
+        """Refuse an evaluation that would fail after an epoch's work. Args: a loader, or None. Raises: ValueError."""
+        if eval_data and self.seen_items == "mask":
+            refuse_unmaskable(eval_data)
+
     def _prepare(self, train_data) -> None:
         """Choose between windows and RecBole's rows, say so, and make the loader."""
         asked = shared(self.config, "positions")
@@ -252,6 +259,7 @@ class SequenceTrainer(Trainer):
         Raises:
             ValueError: `positions: all` for a model that cannot; the message says why.
         """
+        self.refuse_early(valid_data)
         self._prepare(train_data)
         done = self._resumed is not None and self._continue_exactly(bool(valid_data))
         self._writes_every_epoch = saved and (not valid_data or self.eval_step <= 0)
@@ -288,13 +296,10 @@ class SequenceTrainer(Trainer):
             self.model.load_other_parameter(other)
             self.logger.info(f"Loading model structure and parameters from {file}")
             load_best_model = False
-        if not eval_data or shared(self.config, "seen_items") == "keep":
+        if not eval_data or self.seen_items == "keep":
             return super().evaluate(eval_data, load_best_model, model_file, show_progress)
-        with seen_items_of(eval_data) as self._take_out:
-            try:
-                return super().evaluate(eval_data, load_best_model, model_file, show_progress)
-            finally:
-                self._take_out = None
+        with seen_items_of(eval_data) as rank_last, replaced(self, "_rank_last", rank_last):
+            return super().evaluate(eval_data, load_best_model, model_file, show_progress)
 
     def _full_sort_batch_eval(self, batched_data):
         """Like RecBole's, but histories of like length are read together, and seen items are not ranked if that was asked for."""
@@ -305,8 +310,8 @@ class SequenceTrainer(Trainer):
             scores = scored_by_length(batch, *columns, lambda piece: rank((piece, history, users, positives))[1])
         else:
             batch, scores, users, positives = rank(batched_data)
-        if self._take_out:
-            self._take_out(batch, scores)
+        if self._rank_last:
+            positives = self._rank_last(batch, scores, positives)
         return batch, scores, users, positives
 
     def _save_checkpoint(self, epoch, verbose=True, **kwargs):
@@ -411,7 +416,8 @@ class SequenceTrainer(Trainer):
         self.model.load_state_dict(checkpoint.within("model", tensors))
         checkpoint.unpack_optimizer(self.optimizer, checkpoint.within("optimizer", tensors), values["optimizer"])
         for name, generator in self._generators().items():
-            generator.set_state(tensors[f"generator.{name}"])
+            if (state := tensors.get(f"generator.{name}")) is not None:  # older states know fewer generators
+                generator.set_state(state)
         if self.all_positions:
             self.loader.set_state(values["loader"])
         checkpoint.set_random_state(checkpoint.within("random", tensors), values["random"])

@@ -162,13 +162,14 @@ CASES = {
     "inverted": {"transform": "inverse_itemseq"},
     "two workers": {"worker": 2},
     "filtered": {"user_inter_num_interval": "[5,inf)", "item_inter_num_interval": "[3,inf)"},
+    "the ring": {"dataset": "ring"},
     "a real log": {"dataset": "ml-100k", "user_inter_num_interval": "[200,300]", "train_batch_size": 2048},
 }
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_batches_are_recboles(data_path, case):
-    stock, flat = both(data_path, **CASES[case])
+def test_batches_are_recboles(data_path, ring_source, case):
+    stock, flat = both(ring_source if case == "the ring" else data_path, **CASES[case])
     assert_same_batches(stock, flat, any_order="candidates" in case)
 
 
@@ -202,6 +203,7 @@ def test_a_list_column_reads_like_a_tensor(data_path):
         for index in (*rows, mask.numpy(), (slice(None), 0), (torch.tensor([1, 2]), 0), (..., 0), None):
             index = list(index) if isinstance(index, range) else index
             assert torch.equal(ours[index], theirs[index]), index
+        assert torch.equal(ours[theirs != 0], theirs[theirs != 0])
         assert torch.equal(torch.cat([ours, theirs]), torch.cat([theirs, ours]))
         assert torch.equal(ours != 0, theirs != 0) and torch.equal(1 + ours, 1 + theirs)
         assert np.array_equal(ours.numpy(), theirs.numpy()) and ours.tolist() == theirs.tolist()
@@ -307,9 +309,11 @@ def test_no_tensor_grows_with_the_longest_history(data_path):
     assert abs(sizes[300] - sizes[1]) < 64
 
 
-def test_training_and_evaluation_are_the_same(data_path):
+@pytest.mark.parametrize("dataset", ["small", "ring", "ml-100k"])
+def test_training_and_evaluation_are_the_same(data_path, ring_source, dataset):
+    chosen = {"ml-100k": {"user_inter_num_interval": "[100,150]", "train_batch_size": 2048}}.get(dataset, {})
     results = []
-    for parts in both(data_path):
+    for parts in both(ring_source if dataset == "ring" else data_path, dataset, **chosen):
         init_seed(parts.config["seed"], True)
         model = get_model("SASRec")(parts.config, parts.train._dataset).to(parts.config["device"])
         trainer = Trainer(parts.config, model)

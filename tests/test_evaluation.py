@@ -39,6 +39,12 @@ def test_metrics_are_recboles_to_six_digits(small, monkeypatch, model, eval_batc
     monkeypatch.setattr(by_length, "__defaults__", (40,))  # many small pieces
     parts = trained(small, model=model, eval_batch_size=eval_batch_size)
     assert parts.trainer.all_positions is (model != "STAMP")
+    widths = []
+    score = parts.model.full_sort_predict
+    parts.model.full_sort_predict = lambda batch: widths.append(batch["item_id_list"].shape) or score(batch)
+    parts.trainer.evaluate(parts.test, load_best_model=False)
+    in_pieces = len(widths) > len(parts.test)
+    assert in_pieces is (model != "STAMP"), "only a causal model's histories are cut to the longest of their like"
     own = Trainer(parts.config, parts.model)
     own.eval_collector.data_collect(parts.train)
     for part in (parts.valid, parts.test):
@@ -65,7 +71,8 @@ def test_all_users_of_ml_1m_are_ranked_with_recboles_metrics(shared_data):
 
 def test_pieces_are_of_like_length_and_have_every_row_once(small):
     batch = trained(small).test._dataset[torch.arange(90)]
-    order, pieces = by_length(batch, "item_id_list", "item_length", limit=40)
+    rows, pieces = zip(*by_length(batch, "item_id_list", "item_length", limit=40), strict=True)
+    order = torch.cat(rows)
     assert sorted(order.tolist()) == list(range(90)) and len(pieces) > 5
     lengths = [piece["item_length"] for piece in pieces]
     assert torch.cat(lengths).tolist() == batch["item_length"].sort().values.tolist()
@@ -103,6 +110,19 @@ def test_masked_ranks_are_those_of_a_ranking_without_seen_items(small, model, pa
     assert dataset.pointer_column is None and "row_pointer" not in dataset[torch.arange(2)]
 
 
+def test_a_seen_target_is_not_found_where_hardly_anything_is_left_unseen(tmp_path):
+    """Users who have met nearly all of 12 items: the ten best hold seen items, but never the target if that was seen."""
+    sequences = random_log(users=60, items=12, longest=60)
+    parts = trained(write_log(tmp_path, "dense", sequences), "dense", seen_items="mask")
+    parts.trainer.evaluate(parts.test, load_best_model=False)
+    tokens = parts.dataset.field2id_token["user_id"]
+    users = [str(tokens[user]) for user in parts.test._dataset.inter_feat["user_id"].tolist()]
+    again = [sequences[user][-1] in sequences[user][:-1] for user in users]
+    assert sum(again) > 40
+    assert all(rank == -1 for rank, seen in zip(parts.trainer.ranks, again, strict=True) if seen)
+    assert all(0 <= rank < 12 for rank, seen in zip(parts.trainer.ranks, again, strict=True) if not seen)
+
+
 @pytest.mark.parametrize(
     ("settings", "make", "message"),
     [
@@ -119,6 +139,11 @@ def test_what_cannot_be_masked_is_refused(small, settings, make, message):
     parts = stock(small, "small", **({"make": make} if make else {}), **chosen)
     with pytest.raises(ValueError, match=message):
         SequenceTrainer(parts.config, parts.model).evaluate(parts.test, load_best_model=False)
+    if chosen["seen_items"] == "mask":  # before the first epoch, not after it
+        trainer = SequenceTrainer(parts.config, parts.model)
+        with pytest.raises(ValueError, match=message):
+            trainer.fit(parts.train, parts.valid, saved=False)
+        assert not trainer.train_loss_dict
 
 
 def test_choices_are_refused_with_what_there_is(small):

@@ -217,6 +217,25 @@ def test_tuning_the_student_throws_no_label_away(ring, settings):
     )
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"teacher_loss_over": "gbce"},
+        {"teacher_loss_negatives": 3},
+        {"teacher_positions": "last"},
+        {"teacher_window_overlap": 3},
+        {"seen_items": "mask"},
+    ],
+    ids=str,
+)
+def test_a_recbole_teacher_trained_another_way_is_another_teacher(ring, setting):
+    def folder(**more):
+        parts = prepared(ring, teacher="SASRec", teacher_trained_rows="keep", **more)
+        return Request.of(parts.config, parts.train._dataset).teacher_folder
+
+    assert folder(**setting) != folder() == folder()
+
+
 def test_another_checkpoint_under_the_same_name_is_another_teacher(ring, tmp_path):
     folders = set()
     for content in ("one", "two", "one"):

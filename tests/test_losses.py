@@ -7,9 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as some
 from torch.nn import functional
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from recbole_llm import losses
+from recbole_llm.distillation import robust_loss
+from tests.memory import largest, most_at_a_time
 
 
 def made_up(targets=23, n_items=31, width=8, dtype=torch.float64, scale=1.0):
@@ -48,27 +49,6 @@ def test_a_hopeless_target_has_a_finite_loss():
     assert torch.autograd.grad(loss, states)[0].item() == pytest.approx(2.0)
 
 
-class Largest(TorchDispatchMode):
-    """Notes the largest tensor that any operation makes."""
-
-    def __init__(self):
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        out = operation(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(tensor, torch.Tensor):
-                self.numel = max(self.numel, tensor.numel())
-        return out
-
-
-def largest(make):
-    with Largest() as seen:
-        make().backward()
-    return seen.numel
-
-
 def test_scores_of_all_targets_never_exist():
     states, table, target = made_up(targets=640, n_items=500, width=4)
     chosen = target[:, None] % 7 + 1
@@ -82,9 +62,25 @@ def test_scores_of_all_targets_never_exist():
     assert largest(lambda: sum(losses.chunked_loss(states, table, terms, 10))) <= 10 * 500
 
 
+def test_memory_of_many_terms_stays_within_what_is_said():
+    """Cross entropy and DROS over all items, as in DLLM2Rec's code mode, the greediest terms there are."""
+    states, table, target = made_up(targets=640, n_items=2000, width=4, dtype=torch.float32)
+    propensity = losses.uniform(2000)
+
+    def terms(scores, chunk):
+        robust = robust_loss(scores, target[chunk, None], propensity, 1.0)
+        return functional.cross_entropy(scores, target[chunk], reduction="sum"), robust.sum()
+
+    rows = losses.rows_at_a_time(1, 2000 * losses.RECORDED, "cpu")
+    held = most_at_a_time(lambda: losses.chunked_loss(states, table, terms, rows))
+    assert 0.3 < held / 2**20 < 1
+    rows = losses.rows_at_a_time(1, 2000, "cpu")
+    assert 0.9 < most_at_a_time(lambda: losses.full_softmax_loss(states, table, target, rows)) / 2**20 < 1.4
+
+
 def test_memory_is_in_mebibytes_of_float32():
     assert losses.rows_at_a_time(1, 1024, "cpu") == 256
-    assert losses.rows_at_a_time(0, 1024, "cpu") == 1024
+    assert losses.rows_at_a_time(0, 1024, "cpu") == 2048
     assert losses.rows_at_a_time(0, 1024, "cuda") == 64 * 1024
     assert losses.rows_at_a_time(0.001, 10**6, "cpu") == 1
 

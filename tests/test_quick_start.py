@@ -141,6 +141,39 @@ def test_users_with_one_interaction_are_counted(ring, caplog):
     assert "1 users have one interaction only" in caplog.text
 
 
+def test_the_share_of_tied_times_is_counted_and_said(ring):
+    """The first two of every user's twelve items and more get one time: two of each user's."""
+    first_times = {}
+
+    def tie(rows):
+        for number, row in enumerate(rows):
+            user, item, time = row.split("\t")
+            if time.startswith("timestamp"):
+                continue
+            times = first_times.setdefault(user, [])
+            times.append(time)
+            rows[number] = "\t".join([user, item, times[0] if len(times) == 2 else time])
+        return rows
+
+    rewrite(ring / "ring/ring.inter", tie)
+    share = sum(2 for times in first_times.values()) / sum(map(len, first_times.values()))
+    table = run("SASRec", ring)["table"]
+    assert f"{share:.1%} of the interactions share their time" in table and 0.05 < share < 0.5
+
+
+def test_what_cannot_be_masked_is_refused_before_the_teacher_works(ring, tiny_lm):
+    evaluation = {"split": {"LS": "valid_and_test"}, "order": "TO", "mode": "uni20"}
+    with pytest.raises(ValueError, match="seen_items=mask: only a full ranking"):
+        run("DLLM2Rec", ring, tiny_lm, seen_items="mask", eval_args=evaluation)
+    assert not list(Path("saved").rglob("*.safetensors"))
+
+
+def test_seen_items_can_be_left_out_and_the_table_says_so(ring):
+    kept, masked = run("SASRec", ring), run("SASRec", ring, seen_items="mask")
+    assert "items of the history kept" in kept["table"] and "whole history left out" in masked["table"]
+    assert kept["folder"] != masked["folder"]
+
+
 def test_an_llm_that_is_nowhere_is_said_so(ring, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "empty"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

@@ -160,6 +160,19 @@ def test_windows_of_like_length_come_together_within_their_pool():
     assert pooled(order, length, 100).tolist() == [2, 5, 3, 0, 4, 1]
 
 
+def test_batches_are_of_like_windows_and_come_in_any_order():
+    """Among users of very different lengths, padding is a small part of a batch, and short batches are not all first."""
+    generator = torch.Generator().manual_seed(0)
+    log = log_of(*torch.randint(2, 60, (400,), generator=generator).tolist())
+    loader = WindowLoader(log, windows(log, 60, 5), FIELDS, 300, seed=4)
+    batches = list(loader)
+    padded = sum(batch["item_id_list"].numel() for batch in batches)
+    assert padded < 1.4 * sum(int(batch["item_length"].sum()) for batch in batches)
+    longest = torch.tensor([batch["item_id_list"].shape[1] for batch in batches]).float()
+    assert torch.corrcoef(torch.stack([longest, torch.arange(len(longest)).float()]))[0, 1].abs() < 0.5
+    assert len(longest) > 20
+
+
 def epoch_of(loader):
     return [batch["row_list"].tolist() for batch in loader]
 

@@ -17,15 +17,19 @@ from recbole.utils import EvaluatorType, InputType, ModelType
 from recbole_llm import checkpoint
 from recbole_llm.artifacts import DamagedArtifact, digest, tensors_digest
 from recbole_llm.dataset import create_dataset as create_flat
-from recbole_llm.losses import rows_at_a_time
+from recbole_llm.losses import by_popularity, rows_at_a_time
 from recbole_llm.sequences import WindowLoader
 from recbole_llm.trainer import SequenceTrainer, config_from_settings, read_checkpoint, write_checkpoint
+from tests.memory import largest
 from tests.ring import RING
 from tests.small_logs import NO_DROPOUT, random_log, stock, write_log
 
 BPR = {"loss_type": "BPR", "train_neg_sample_args": {"distribution": "uniform", "sample_num": 1}}
+SAMPLED = {"loss_over": "sampled", "loss_negatives": 12, "loss_sampling": "uniform"}
+GBCE = {"loss_over": "gbce", "loss_negatives": 12, "loss_gbce_t": 0.75}
 WAYS = {
     "windows": ("SASRec", {}),
+    "drawn": ("SASRec", SAMPLED),
     "rows": ("SASRec", {"positions": "last"}),
     "negatives": ("SASRec", BPR),
     "not causal": ("STAMP", {}),
@@ -71,9 +75,13 @@ def log_lines(caplog, parts, **fit):
 def test_auto_takes_windows_only_where_they_train_the_models_own_loss(small, caplog, way):
     model, settings = WAYS[way]
     trainer, lines = log_lines(caplog, stock(small, "small", model, epochs=1, **settings), saved=False)
-    assert trainer.all_positions is (way == "windows")
-    assert isinstance(trainer.loader, WindowLoader) is (way == "windows")
-    said = {"windows": "does not depend on later items", "rows": "positions=last was asked for"}
+    assert trainer.all_positions is (way in ("windows", "drawn"))
+    assert isinstance(trainer.loader, WindowLoader) is (way in ("windows", "drawn"))
+    said = {
+        "windows": "does not depend on later items",
+        "drawn": "does not depend on later items",
+        "rows": "positions=last was asked for",
+    }
     said |= {"negatives": "loss_type=BPR", "not causal": "STAMP does not run on all positions"}
     assert len(lines) == 1 and said[way] in lines[0] and "CPU threads" in lines[0]
 
@@ -155,10 +163,6 @@ def test_on_rows_every_number_is_recboles(small):
     assert results[Trainer] == results[SequenceTrainer]
 
 
-SAMPLED = {"loss_over": "sampled", "loss_negatives": 12, "loss_sampling": "uniform"}
-GBCE = {"loss_over": "gbce", "loss_negatives": 12, "loss_gbce_t": 0.75}
-
-
 @pytest.mark.parametrize(
     ("model", "positions", "chosen"),
     [
@@ -187,6 +191,67 @@ def test_negatives_are_those_of_the_trainers_seed(small):
         trainer.fit(parts.train, saved=False)
         losses.append(trainer.train_loss_dict)
     assert losses[0] == losses[1] != losses[2]
+
+
+def test_an_epoch_is_fast_quiet_and_in_chunks(tmp_path):
+    """Inside an epoch layers are the fast ones and anomaly detection is off; scores of all targets never exist."""
+    data_path = write_log(tmp_path / "data", "large", random_log(items=900))
+    parts = stock(data_path, "large", epochs=1, loss_memory=0.004)
+    trainer, seen = SequenceTrainer(parts.config, parts.model), []
+    own = trainer.batch_loss
+
+    def spied(batch):
+        fast = "forward" in vars(parts.model.dropout)
+        targets = int((batch["target_list"] > 0).sum())
+        seen.append((fast, torch.is_anomaly_enabled(), largest(lambda: own(batch)) / targets))
+        return own(batch)
+
+    trainer.batch_loss = spied
+    with torch.autograd.set_detect_anomaly(True):
+        trainer.fit(parts.train, saved=False)
+    assert seen and all(fast and not anomaly for fast, anomaly, _ in seen)
+    assert max(per_target for _, _, per_target in seen) < 0.7 * parts.dataset.item_num
+    assert "forward" not in vars(parts.model.dropout)
+
+
+def test_settings_of_the_loss_reach_it(small):
+    def prepared(**settings):
+        parts = stock(small, "small", epochs=1, **settings, **NO_DROPOUT)
+        trainer = SequenceTrainer(parts.config, parts.model)
+        trainer.fit(parts.train, saved=False)
+        return parts, trainer
+
+    parts, popular = prepared(**SAMPLED | {"loss_sampling": "popularity"})
+    counts = torch.bincount(parts.train._dataset.inter_feat["item_id"], minlength=parts.dataset.item_num)
+    assert torch.equal(popular.item_loss.probability, by_popularity(counts))
+    assert len(prepared(**SAMPLED)[1].item_loss.probability[1:].unique()) == 1
+    losses = [prepared(**GBCE | {"loss_gbce_t": t})[1].train_loss_dict[0] for t in (0.0, 1.0)]
+    assert losses[0] != pytest.approx(losses[1], rel=0.01)
+    by_default = prepared()[1]
+    assert (by_default.item_loss.over, by_default.item_loss.count, by_default.item_loss.t) == ("all", 256, 0.75)
+    assert by_default.seen_items == "keep"
+
+
+def test_windows_overlap_by_ten_items_unless_told_otherwise(small):
+    parts = stock(small, "small", epochs=1, MAX_ITEM_LIST_LENGTH=15)
+    trainer = SequenceTrainer(parts.config, parts.model)
+    trainer.fit(parts.train, saved=False)
+    context = trainer.loader.windows.first - 1 - trainer.loader.windows.start
+    assert sorted(set(context.tolist())) == [0, 10]
+
+
+def test_a_state_of_before_there_were_negatives_is_taken_up(small):
+    parts = stock(small, "small", epochs=2)
+    trainer = SequenceTrainer(parts.config, parts.model)
+    with pytest.raises(Killed):
+        trainer.fit(parts.train, parts.valid, callback_fn=killed_after(0))
+    tensors, values = checkpoint.read_resume(trainer.saved_model_file)
+    del tensors["generator.negatives"]
+    checkpoint.write_resume(trainer.saved_model_file, tensors, values)
+    again = SequenceTrainer(parts.config, parts.model)
+    again.resume_checkpoint(trainer.saved_model_file)
+    again.fit(parts.train, parts.valid)
+    assert sorted(again.train_loss_dict) == [0, 1]
 
 
 def test_memory_of_the_loss_changes_nothing_but_rounding(small):

@@ -33,7 +33,7 @@ from recbole_llm.distillation import (
     truth_confidence,
 )
 from recbole_llm.knowledge import Attached, attach, ensure, item_vectors
-from recbole_llm.losses import chunked_loss, rows_at_a_time
+from recbole_llm.losses import RECORDED, chunked_loss, rows_at_a_time
 from recbole_llm.trainer import SequenceTrainer
 
 
@@ -311,6 +311,7 @@ class DLLM2RecTrainer(SequenceTrainer):
 
     def fit(self, train_data, valid_data=None, verbose=True, saved=True, show_progress=False, callback_fn=None):
         """Like RecBole's, after the teacher has been asked."""
+        self.refuse_early(valid_data)
         dataset = train_data._dataset
         if self.settings.uses_rows:
             knowledge = ensure(self.config, train_data, valid_data)
@@ -353,29 +354,28 @@ class DLLM2RecTrainer(SequenceTrainer):
 
     def batch_loss(self, batch):
         """Losses of a batch, as RecBole logs them: (base, ranking) or the base alone."""
-        hidden, target, row = self.targets_of(batch)
         settings = self.settings
+        hidden, target, row = self.targets_of(batch)
+        table = self.network.item_embedding.weight
         index = self.attached.index[row] if settings.uses_rows else None
         negative = self._negatives(self._seen(batch), target) if settings.base == "bce" else None
-        over_all = settings.base == "softmax" and self.item_loss.over == "all"
-        table = self.network.item_embedding.weight
-        base = None if over_all or negative is not None else self.item_loss(hidden, table, target)
-        if index is None and not settings.robust and negative is None:
-            return self.item_loss(hidden, table, target) if base is None else base
-        labelled = None if index is None else int((index >= 0).sum())
+        # a base loss over all items shares its scores with the other terms; one over drawn items has its own
+        apart = settings.base == "softmax" and self.item_loss.over != "all"
+        if index is None and negative is None and not settings.robust:
+            return self.item_loss(hidden, table, target)
+        labelled = 0 if index is None else int((index >= 0).sum())
 
         def terms(scores, chunk):
             """Shares of the base loss (as far as it is not computed apart) and of the ranking term."""
-            parts = self._base_terms(scores, target[chunk], None if negative is None else negative[chunk], over_all)
-            parts = [sum(parts) / len(target) if parts else scores.sum() * 0]
-            if labelled is not None:
-                ranking = self._ranking(scores, index[chunk], None if negative is None else negative[chunk])
-                parts.append(settings.weight * ranking / max(1, labelled))
-            return tuple(parts)
+            drawn = None if negative is None else negative[chunk]
+            base = self._base_terms(scores, target[chunk], drawn, apart) / len(target)
+            if index is None:
+                return (base,)
+            return base, settings.weight * self._ranking(scores, index[chunk], drawn) / max(1, labelled)
 
-        rows = rows_at_a_time(self.item_loss.memory, len(table), self.device)
+        rows = rows_at_a_time(self.item_loss.memory, len(table) * RECORDED, self.device)
         first, *others = chunked_loss(hidden, table, terms, rows)
-        first = first if base is None else first + base
+        first = first + self.item_loss(hidden, table, target) if apart else first
         return (first, *others) if others else first
 
     def _seen(self, batch):
@@ -386,19 +386,19 @@ class DLLM2RecTrainer(SequenceTrainer):
         upto = torch.ones(items.shape[1], items.shape[1], dtype=torch.bool, device=items.device).tril()
         return (items.unsqueeze(1) * upto)[batch["target_list"] > 0]
 
-    def _base_terms(self, scores, target, negative, over_all):
-        """Sums over some targets of the parts of the base loss that are made of scores over all items."""
-        parts = []
-        if over_all:
-            parts.append(functional.cross_entropy(scores, target, reduction="sum"))
+    def _base_terms(self, scores, target, negative, apart):
+        """Sum over some targets of what the base loss makes of scores over all items; 0 if all of it is computed apart."""
+        total = scores.sum() * 0.0
         if negative is not None:
             pair = torch.stack([scores.gather(1, target.unsqueeze(1)), scores.gather(1, negative.unsqueeze(1))])
             wanted = torch.stack([torch.ones_like(pair[0]), torch.zeros_like(pair[1])])
-            parts.append(functional.binary_cross_entropy_with_logits(pair, wanted, reduction="sum") / 2)
+            total = total + functional.binary_cross_entropy_with_logits(pair, wanted, reduction="sum") / 2
+        elif not apart:
+            total = total + functional.cross_entropy(scores, target, reduction="sum")
         if self.settings.robust:
             robust = robust_loss(scores, target.unsqueeze(1), self.propensity, self.settings.robust_beta)
-            parts.append(self.settings.robust * robust.sum())
-        return parts
+            total = total + self.settings.robust * robust.sum()
+        return total
 
     def _negatives(self, seen, target):
         """One uniform item per target that is neither in its history nor the target, from the trainer's own generator."""

@@ -6,7 +6,6 @@ test), its epochs counted in full.
 """
 
 import argparse
-import json
 import logging
 from pathlib import Path
 from time import perf_counter
@@ -92,7 +91,7 @@ def main() -> None:
             )
             rows.append({"seed": seed, "gain": gain, "low": low, "high": high, "sides": sides})
     if rows:
-        RESULTS.write_text(json.dumps({"settings": SETTINGS, "seeds": rows}, indent=1) + "\n", encoding="utf-8")
+        write_json(RESULTS, {"settings": SETTINGS, "seeds": rows})
 
 
 if __name__ == "__main__":

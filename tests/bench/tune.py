@@ -85,7 +85,7 @@ class Trials:
         self._data: tuple | None = None
 
     def run(self, chosen: dict, seed: int, epochs: int, patience: int, test: bool = False) -> dict:
-        """Train once, or read what the same training gave: validation and test scores, epochs, seconds."""
+        """Train once, or read what the same training gave: scores; curve and seconds are those of the last process."""
         key = digest({"settings": chosen, "seed": seed, "epochs": epochs, "patience": patience}, 10)
         file = self.folder / f"{'seed' if test else 'trial'}-{key}.json"
         if file.exists():
