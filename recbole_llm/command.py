@@ -3,6 +3,7 @@
 import argparse
 import sys
 import traceback
+from pathlib import Path
 
 from recbole_llm.model import PROPERTIES, model_files
 
@@ -15,14 +16,14 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; faults of the settings are told in their own words, without a traceback."""
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="run_recbole_llm.py", epilog=EPILOG, add_help=False)
-    parser.add_argument("--model", default="DLLM2Rec", help="model of this package, or any sequential model of RecBole")
-    parser.add_argument("--dataset", default="ml-100k", help="name of the data set")
+    parser.add_argument("--model", help="model of this package, or any sequential model of RecBole; DLLM2Rec")
+    parser.add_argument("--dataset", help="name of the data set; ml-100k")
     parser.add_argument("--config_files", default="", help="yaml files, separated by blanks; later ones win")
     parser.add_argument("--estimate", action="store_true", help="print the plan and its estimated time, and stop")
     parser.add_argument("-h", "--help", action="store_true", help="print this help and stop")
     names, settings = parser.parse_known_args(argv)
     if names.help:
-        print(parser.format_help() + "\n" + known_models() + settings_text(names.model))
+        print(parser.format_help() + "\n" + known_models() + settings_text(names.model or "DLLM2Rec"))
         return 0
     stray = [word for word in settings if not (word.startswith("--") and "=" in word)]
     if stray:
@@ -30,11 +31,15 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     # RecBole's Config reads sys.argv: it must not see the flags that have no value
     sys.argv = [sys.argv[0], *settings]
-    from recbole_llm.quick_start import run_recbole_llm  # --help needs neither torch nor RecBole
+    from recbole_llm.config import read_yaml  # --help needs neither torch nor RecBole
+    from recbole_llm.quick_start import run_recbole_llm
 
+    files, chosen = names.config_files.split(), {"model": "DLLM2Rec", "dataset": "ml-100k"}
+    for file in files:
+        chosen |= {key: value for key, value in read_yaml(Path(file)).items() if key in chosen}
+    chosen |= {key: value for key, value in vars(names).items() if key in chosen and value}
     try:
-        files = names.config_files.split() or None
-        run_recbole_llm(names.model, names.dataset, files, estimate=names.estimate, read_argv=True)
+        run_recbole_llm(**chosen, config_file_list=files or None, estimate=names.estimate, read_argv=True)
     except ValueError as error:
         if not said_by_us(error):
             raise

@@ -30,7 +30,21 @@ def dropout(inputs: Tensor, p: float) -> Tensor:
     threshold = round(p * 2**_BITS) - 2 ** (_BITS - 1)
     if threshold >= 2 ** (_BITS - 1):
         return inputs * 0.0
-    return inputs * (numbers >= threshold).to(inputs.dtype).mul_(1 / (1 - p))
+    # the comparison writes 0 and 1 as numbers: turning truth values into numbers would take twice as long as all of this
+    kept = torch.ge(numbers, threshold, out=torch.empty(inputs.shape, dtype=inputs.dtype))
+    return inputs * kept.mul_(1 / (1 - p))
+
+
+def fuse_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """Let Adam and AdamW make their step in one pass over each parameter, where torch can and RecBole has not asked for another way.
+
+    Args:
+        optimizer: Any optimizer; others are left as they are.
+    """
+    for group in optimizer.param_groups:
+        plain = type(optimizer) in (torch.optim.Adam, torch.optim.AdamW) and not group.get("amsgrad")
+        if plain and all(parameter.device.type == "cpu" for parameter in group["params"]):
+            group["fused"] = True
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from recbole_llm.model.dllm2rec import Distillation
 
 # Speed of each kind of work, as a share of a plain matrix product's, measured on two CPU cores with SmolLM2-135M and SASRec; over
 # 1 where counted work is left out (gradients of frozen weights, the output layer at the prompt's positions).
-TRAIN_LLM, WRITE_LLM, READ_LLM, TRAIN_STUDENT = 1.3, 0.7, 1.6, 0.21
+TRAIN_LLM, WRITE_LLM, READ_LLM, TRAIN_STUDENT = 1.3, 0.7, 1.6, 0.3
 PROMPT_TOKENS, TITLE_TOKENS = 150, 12
 USUAL_EPOCHS = 25  # where early stopping usually ends a student
 

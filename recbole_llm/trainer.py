@@ -25,7 +25,7 @@ from recbole_llm.config import shared
 from recbole_llm.evaluation import KeepsRanks, refuse_unmaskable, scored_by_length, seen_items_of
 from recbole_llm.hooks import replaced
 from recbole_llm.item_text import ItemText
-from recbole_llm.layers import fast_layers
+from recbole_llm.layers import fast_layers, fuse_optimizer
 from recbole_llm.losses import CatalogueLoss
 from recbole_llm.sequences import Fields, Log, WindowLoader, row_positions, windows
 
@@ -220,6 +220,7 @@ class SequenceTrainer(Trainer):
             )
             size = f"{len(cut.start)} windows of up to {length} items (overlap {overlap}), {len(log.rows())} targets"
             how = f"all positions of {size}"
+            fuse_optimizer(self.optimizer)
         self.logger.info(f"Training on the {how}: {why}. CPU threads: {torch.get_num_threads()}.")
 
     def _log_or_fault(self) -> tuple[Log | None, str]:

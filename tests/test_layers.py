@@ -5,7 +5,7 @@ import torch
 from recbole.model.layers import FeedForward
 from torch import nn
 
-from recbole_llm.layers import dropout, fast_layers
+from recbole_llm.layers import dropout, fast_layers, fuse_optimizer
 from tests.small_logs import random_log, stock, write_log
 
 
@@ -49,6 +49,24 @@ def test_a_models_layers_are_faster_only_for_a_while(tmp_path):
         assert not torch.allclose(model.full_sort_predict(batch), own, atol=1e-3)
     assert gelu.intermediate_act_fn == gelu.gelu
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD])
+def test_a_fused_step_is_the_same_step(kind):
+    weights = []
+    for fused in (False, True):
+        torch.manual_seed(0)
+        layer = nn.Linear(20, 30)
+        optimizer = kind(layer.parameters(), lr=0.1, weight_decay=0.01)
+        if fused:
+            fuse_optimizer(optimizer)
+        assert bool(optimizer.param_groups[0].get("fused")) is (fused and kind is not torch.optim.SGD)
+        for _ in range(3):
+            optimizer.zero_grad()
+            layer(torch.ones(4, 20)).square().sum().backward()
+            optimizer.step()
+        weights.append(layer.weight.detach())
+    assert torch.allclose(*weights, atol=1e-5)
 
 
 def test_layers_come_back_after_an_error_and_unknown_ones_are_left():

@@ -233,6 +233,15 @@ def test_the_command_explains_settings_and_refuses_stray_words(capsys):
     assert "not of the form --key=value" in capsys.readouterr().err
 
 
+def test_a_config_file_may_name_model_and_data_and_the_command_line_wins(ring, tmp_path, capsys):
+    settings = ring_settings(ring, "SASRec", None, epochs=1) | {"model": "GRU4Rec", "dataset": "ring"}
+    file = tmp_path / "mine.yaml"
+    file.write_text(json.dumps(settings), encoding="utf-8")
+    assert main([f"--config_files={file}", "--show_progress=False"]) == 0
+    assert main([f"--config_files={file}", "--model=SASRec", "--show_progress=False"]) == 0
+    assert sorted(folder.name.split("-")[0] for folder in Path("saved/runs").iterdir()) == ["GRU4Rec", "SASRec"]
+
+
 def test_the_results_are_written_as_json(ring):
     result = run("SASRec", ring)
     lines = json.loads((Path(result["folder"]) / "results.json").read_text())["lines"]

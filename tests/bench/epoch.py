@@ -56,31 +56,29 @@ class NotesProducts(TorchDispatchMode):
         return operation(*args, **(kwargs or {}))
 
 
-def floor(trainer: SequenceTrainer) -> dict[str, float]:
+def floor(trainer: SequenceTrainer, noted: Counter) -> dict[str, float]:
     """Seconds of an epoch's matrix products, and of one read and one write of its scores."""
-    with NotesProducts() as noted:
-        trainer._train_epoch(None, 0)
     products = 0.0
-    for ((left, left_stride), (right, right_stride)), count in noted.products.items():
+    for ((left, left_stride), (right, right_stride)), count in noted.items():
         a = torch.empty_strided(left, left_stride).normal_()
         b = torch.empty_strided(right, right_stride).normal_()
         out = torch.matmul(a, b)
-        products += count * best(lambda a=a, b=b, out=out: torch.matmul(a, b, out=out))
+        products += count * middle(lambda a=a, b=b, out=out: torch.matmul(a, b, out=out))
     targets, n_items = len(trainer.loader.log.rows()), trainer.network.n_items
     rows = rows_at_a_time(trainer.item_loss.memory, n_items, "cpu")
     scores = torch.randn(rows, n_items)
     copy = torch.empty_like(scores)
-    return {"products": products, "scores": targets / rows * best(lambda: copy.copy_(scores))}
+    return {"products": products, "scores": targets / rows * middle(lambda: copy.copy_(scores))}
 
 
-def best(work, repeats: int = 5) -> float:
-    """Seconds of the fastest of some repeats."""
+def middle(work, repeats: int = 5) -> float:
+    """Median seconds of some repeats, the first one apart."""
     times = []
     for _ in range(repeats + 1):
         began = perf_counter()
         work()
         times.append(perf_counter() - began)
-    return min(times[1:])
+    return statistics.median(times[1:])
 
 
 def seconds(work) -> float:
@@ -100,13 +98,17 @@ def compare(name: str, peers: bool, epochs: int) -> dict[str, float]:
         return kind(config, model)
 
     train, _, _ = data_preparation(config, SequentialDataset(config))
-    sides = {}
     ours = fresh(SequenceTrainer)
     ours._prepare(train)
     assert len(ours.loader.log.rows()) == len(train._dataset), "both sides train on the same number of targets"
     ours._train_epoch(None, 0)  # warms up
-    sides["ours"] = statistics.median(seconds(lambda: ours._train_epoch(None, 0)) for _ in range(epochs))
-    sides |= {f"floor: {part}": value for part, value in floor(ours).items()}
+    with NotesProducts() as noted:
+        ours._train_epoch(None, 0)
+    rounds = []  # ours and the floor take turns: other guests of the machine come and go
+    for _ in range(epochs):
+        took = seconds(lambda: ours._train_epoch(None, 0))
+        rounds.append({"ours": took} | {f"floor: {part}": value for part, value in floor(ours, noted.products).items()})
+    sides = {side: statistics.median(each[side] for each in rounds) for side in rounds[0]}
     if peers:
         for label, anomaly in (("RecBole", True), ("RecBole, anomaly detection off", False)):
             peer = fresh(Trainer)
