@@ -168,7 +168,7 @@ def test_on_rows_every_number_is_recboles(small):
     [
         ("SASRec", "all", SAMPLED),
         ("SASRec", "all", SAMPLED | {"loss_sampling": "popularity"}),
-        ("SASRec", "all", GBCE | {"epochs": 60}),
+        ("SASRec", "all", GBCE | {"epochs": 60, "learning_rate": 0.003}),
         ("STAMP", "last", SAMPLED),
     ],
 )
