@@ -17,8 +17,9 @@ from recbole_llm.distillation import position_weight, principal_components
 from recbole_llm.knowledge import Knowledge, attach
 from recbole_llm.losses import RECORDED
 from recbole_llm.model import dllm2rec
-from recbole_llm.model.dllm2rec import Distillation, TaughtTable, UntiedTable
+from recbole_llm.model.dllm2rec import Distillation
 from recbole_llm.sequences import Log, row_positions
+from recbole_llm.tables import TaughtTable, UntiedTable
 from tests.oracle import NO_DROPOUT, SIZES, Killed, Oracle, ask, distilled, prepared, student
 from tests.ring import N_ITEMS, TOKENS, following
 from tests.small_logs import write_log
