@@ -35,16 +35,16 @@ PROTOCOLS = {
     "amazon-games": {"dataset": "amazon-games", "trial_epochs": 2, **INTER},
     # RecBole's published table: ratings from 3 up, ten or more per user and item
     "ml-1m-recbole": {
-        "dataset": "ml-1m", "trial_epochs": 3, "load_col": {"inter": ["user_id", "item_id", "rating", "timestamp"]},
+        "dataset": "ml-1m", "trial_epochs": 3, "final_epochs": 30, "load_col": {"inter": ["user_id", "item_id", "rating", "timestamp"]},
         "val_interval": {"rating": "[3,inf)"}, "unused_col": {"inter": ["rating"]},
         "user_inter_num_interval": "[10,inf)", "item_inter_num_interval": "[10,inf)",
     },
     # 999,611 interactions, seen items left out, as most papers after SASRec; settings are those chosen under the protocol above
     "ml-1m-unseen": {
-        "dataset": "ml-1m", "item_inter_num_interval": "[5,inf)", "seen_items": "mask", "chosen_under": "ml-1m-recbole", **INTER,
+        "dataset": "ml-1m", "item_inter_num_interval": "[5,inf)", "seen_items": "mask", "chosen_under": "ml-1m-recbole", "final_epochs": 30, **INTER,
     },
 }  # fmt: skip
-FINAL_EPOCHS, FINAL_PATIENCE = 100, 5
+FINAL_PATIENCE = 5
 SHORT = {"ml-100k", "amazon-beauty", "amazon-games"}
 """Where L = 20 is tried beside 50; elsewhere 200 is."""
 START = {
@@ -79,6 +79,7 @@ class Trials:
         self.model, self.protocol, self.data_path, self.threads = model, protocol, data_path, threads
         settings = dict(PROTOCOLS[protocol])
         self.dataset, self.trial_epochs = settings.pop("dataset"), settings.pop("trial_epochs", None)
+        self.final_epochs = settings.pop("final_epochs", 100)
         self.chosen_under, self.patience = settings.pop("chosen_under", None), settings.pop("patience", 3)
         self.settings = COMMON | settings | ({} if self.dataset == "ml-100k" else {"data_path": data_path})
         self.folder = RESULTS / f"{model}-{protocol}"
@@ -150,7 +151,7 @@ def main() -> None:
         for model in asked.models:
             trials = Trials(model, protocol, asked.data_path, asked.threads)
             chosen, tried = trials.best()
-            tested = [trials.run(chosen, seed, FINAL_EPOCHS, FINAL_PATIENCE, test=True) for seed in asked.seeds]
+            tested = [trials.run(chosen, seed, trials.final_epochs, FINAL_PATIENCE, test=True) for seed in asked.seeds]
             if not tested:
                 continue
             print(line(model, protocol, tested))
@@ -182,7 +183,7 @@ def as_yaml(model: str, trials: Trials, chosen: dict, tested: list[dict]) -> str
     settings = {"model": model, "dataset": trials.dataset}
     skip = ("show_progress", "state", "data_path", "metrics", "topk")
     settings |= {key: value for key, value in trials.settings.items() if key not in skip}
-    settings |= {"epochs": FINAL_EPOCHS, "stopping_step": FINAL_PATIENCE}
+    settings |= {"epochs": trials.final_epochs, "stopping_step": FINAL_PATIENCE}
     mean = statistics.mean(result["test"]["ndcg@10"] for result in tested)
     lines = [
         f"# {model} under the protocol {trials.protocol}: test NDCG@10 {mean:.4f}, mean of {len(tested)} seeds (tests/bench/tune.py).",
