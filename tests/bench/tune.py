@@ -35,13 +35,14 @@ PROTOCOLS = {
     "amazon-games": {"dataset": "amazon-games", "trial_epochs": 2, **INTER},
     # RecBole's published table: ratings from 3 up, ten or more per user and item
     "ml-1m-recbole": {
-        "dataset": "ml-1m", "trial_epochs": 3, "final_epochs": 30, "load_col": {"inter": ["user_id", "item_id", "rating", "timestamp"]},
-        "val_interval": {"rating": "[3,inf)"}, "unused_col": {"inter": ["rating"]},
+        "dataset": "ml-1m", "trial_epochs": 3, "final_epochs": 30, "val_interval": {"rating": "[3,inf)"},
+        "load_col": {"inter": ["user_id", "item_id", "rating", "timestamp"]}, "unused_col": {"inter": ["rating"]},
         "user_inter_num_interval": "[10,inf)", "item_inter_num_interval": "[10,inf)",
     },
     # 999,611 interactions, seen items left out, as most papers after SASRec; settings are those chosen under the protocol above
     "ml-1m-unseen": {
-        "dataset": "ml-1m", "item_inter_num_interval": "[5,inf)", "seen_items": "mask", "chosen_under": "ml-1m-recbole", "final_epochs": 30, **INTER,
+        "dataset": "ml-1m", "item_inter_num_interval": "[5,inf)", "seen_items": "mask", "chosen_under": "ml-1m-recbole",
+        "final_epochs": 30, **INTER,
     },
 }  # fmt: skip
 FINAL_PATIENCE = 5
