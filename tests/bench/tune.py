@@ -105,7 +105,7 @@ class Trials:
         trainer.fit(train, valid, callback_fn=lambda epoch, score: curve.append(score))
         result = {
             "settings": chosen, "seed": seed, "valid ndcg@10": trainer.best_valid_score, "curve": curve,
-            "seconds": perf_counter() - began, "threads": torch.get_num_threads(),
+            "epochs": len(trainer.train_loss_dict), "seconds": perf_counter() - began, "threads": torch.get_num_threads(),
         }  # fmt: skip
         if test:
             result["test"] = dict(trainer.evaluate(tests))
@@ -168,7 +168,7 @@ def line(model: str, protocol: str, tested: list[dict]) -> str:
         values = [result["test"][metric] for result in tested]
         spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
         cells.append(f"{statistics.mean(values):.4f}{spread}")
-    epochs = [len(result["curve"]) for result in tested]
+    epochs = [result.get("epochs", len(result["curve"])) for result in tested]
     seconds = statistics.mean(result["seconds"] / len(result["curve"]) for result in tested)
     cells += [f"{min(epochs)}-{max(epochs)}", f"{seconds:.0f}", str(len(tested))]
     return "| " + " | ".join([model, protocol, *cells]) + " |"
