@@ -4,7 +4,7 @@ RecBole scores every target against every item at once, [targets, items], and ke
 there. Here a chunk of targets is scored, its gradient taken, and its scores forgotten, so that memory is bounded and the scores
 stay in the processor's cache; the three matrix products are what is left of the time.
 
-Papers: sampled softmax, Bengio and Senécal 2008, Eq. 5; gBCE, Petrov and Macdonald, "gSASRec", RecSys 2023, Eqs. 7-10.
+Papers: sampled softmax, Bengio and Senécal 2008; gBCE, Petrov and Macdonald, "gSASRec", RecSys 2023.
 Differs from the gSASRec authors' code: negatives are drawn once per batch and shared by its targets, so that they are scored by a
 matrix product instead of a gather; the expectation is the same.
 """
@@ -172,7 +172,7 @@ def sampled_softmax_loss(
 
 
 def gbce_loss(states: Tensor, table: Tensor, targets: Tensor, negatives: Tensor, t: float) -> Tensor:
-    """GSASRec's generalised binary cross entropy: -(beta log s(s+) + sum_j log(1 - s(s_j))) / (N + 1), averaged.
+    """Generalised binary cross entropy, as in gSASRec: -(beta log s(s+) + sum_j log(1 - s(s_j))) / (N + 1), averaged.
 
     beta = a (t (1 - 1/a) + 1/a), a = N / (n_items - 1) the share of the catalogue that is drawn: t = 0 is binary cross entropy,
     t = 1 takes all over-confidence out that drawing so few negatives brings in.

@@ -395,7 +395,7 @@ def test_all_positions_train_what_prefix_rows_train(noise, name, ranking, embedd
         **NOISE,
         "student": name,
         "learner": "sgd",
-        "learning_rate": 0.5,
+        "learning_rate": 1.0 if embedding == "init" else 0.5,  # a table with a large start has small gradients
         "train_batch_size": 100_000,
         "distill_topk": 3,
     }
@@ -415,7 +415,7 @@ def test_all_positions_train_what_prefix_rows_train(noise, name, ranking, embedd
     for (key, one), other in zip(runs[0].model.state_dict().items(), runs[1].model.state_dict().values(), strict=True):
         assert torch.allclose(one, other, atol=2e-5), key
         moved = max(moved, (one - start[key]).abs().max().item())
-    assert moved > 5e-3, "a step that moves nothing shows nothing"
+    assert moved > 1e-2, "a step that moves nothing shows nothing"
 
 
 @pytest.mark.parametrize(

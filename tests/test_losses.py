@@ -113,7 +113,7 @@ def test_narrow_states_get_narrow_gradients_and_a_scalers_factor_first():
 
 
 def test_sampled_softmax_of_everything_is_the_full_softmax():
-    """Eq. 5 with each item drawn once at probability 1/n: the estimate of the denominator is exact."""
+    """With each item drawn once at probability 1/n: the estimate of the denominator is exact."""
     states, table, target = made_up()
     n = len(table) - 1
     drawn = torch.arange(1, n + 1)
