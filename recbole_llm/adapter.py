@@ -47,12 +47,7 @@ class Adapter:
             bias="none",
             task_type="CAUSAL_LM",
         )
-        with warnings.catch_warnings():
-            # peft finds out by itself that GPT-2 stores its projections transposed, and says so
-            warnings.filterwarnings("ignore", message=".*fan_in_fan_out")
-            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
-            warnings.filterwarnings("ignore", message=".*base_model_name_or_path")
-            self._model = peft.get_peft_model(plain, settings).eval()
+        self._model = with_lora(plain, settings).eval()
         self._settings.base_model_name_or_path = name
 
     @classmethod
@@ -110,6 +105,16 @@ class Adapter:
                 old = plain.get_submodule(name).weight
                 weight = pretrained.get_submodule(name).weight.float() + module.get_delta_weight("default").float()
                 plain.get_submodule(name).weight = nn.Parameter(weight.detach().to(old.dtype), requires_grad=False)
+
+
+def with_lora(network: nn.Module, settings: peft.LoraConfig) -> peft.PeftModel:
+    """A network in peft's model, without its remarks on what it finds out by itself."""
+    with warnings.catch_warnings():
+        # GPT-2 stores its projections transposed
+        warnings.filterwarnings("ignore", message=".*fan_in_fan_out")
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
+        warnings.filterwarnings("ignore", message=".*base_model_name_or_path")
+        return peft.get_peft_model(network, settings)
 
 
 def _tensors(model: peft.PeftModel) -> dict[str, torch.Tensor]:

@@ -4,6 +4,7 @@ import hashlib
 import html
 import logging
 import re
+import string
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,15 +85,8 @@ class ItemText:
             ValueError: The item file has no such column, or it is not loaded, or it holds numbers.
         """
         _check_column(dataset, field)
-        words = dataset.field2id_token[field]
-        blank = dataset.config["seq_separator"] or " "
         tokens = [str(token) for token in dataset.field2id_token[dataset.iid_field]]
-        raw = [""] * len(tokens)
-        items = dataset.item_feat[dataset.iid_field].tolist()
-        for item, cell in zip(items, dataset.item_feat[field].tolist(), strict=True):
-            # before `build` a cell is an array or a number, afterwards a list padded with 0 or a number
-            ids = cell if hasattr(cell, "__len__") else [cell]
-            raw[int(item)] = blank.join(str(words[int(word)]) for word in ids if word)
+        raw = _cells(dataset, field)
         text = cls.from_raw(raw, tokens)
         if text.missing and not getattr(dataset, "untitled_were_counted", False):
             dataset.untitled_were_counted = True  # the titles are read at several stages of a run, the warning once
@@ -122,6 +116,60 @@ class ItemText:
             if item:
                 owners.setdefault(title, []).append(item)
         return {title: items for title, items in owners.items() if len(items) > 1}
+
+
+def filled_in(template: str, dataset, title_field: str | None, key: str = "lite_item_template") -> list[str]:
+    """A text for every internal item id, made of columns of the item file; index 0, the padding's, is "".
+
+    Args:
+        template: Text with names of columns in braces; `{title}` is the cleaned title, whatever its column is called. A part
+            between semicolons whose columns are all empty for an item is left out for it.
+        dataset: A RecBole dataset that has loaded its item file.
+        title_field: Column of the title.
+        key: The setting that holds the template, for messages.
+
+    Raises:
+        ValueError: It names no column, or one that is not loaded.
+    """
+    names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+    if not names:
+        raise ValueError(
+            f"{key}={template!r}: names no column, so that all items would read alike; there is {{title}}, and any column of the item "
+            f"file. Set {key} in a config file."
+        )
+    columns: dict[str, Sequence[str]] = {}
+    for name in dict.fromkeys(names):
+        if name == "title":
+            columns[name] = ItemText.from_dataset(dataset, title_field).titles
+        else:
+            _check_column(dataset, name, key=key, numbers=True)
+            columns[name] = [html.unescape(cell) for cell in _cells(dataset, name)]
+    parts = [
+        (part, [name for _, name, _, _ in string.Formatter().parse(part) if name]) for part in template.split("; ")
+    ]
+    texts = [""]
+    for item in range(1, dataset.item_num):
+        values = {name: column[item] for name, column in columns.items()}
+        kept = [part.format(**values) for part, inside in parts if not inside or any(values[name] for name in inside)]
+        texts.append("; ".join(kept))
+    return texts
+
+
+def _cells(dataset, field: str) -> list[str]:
+    """What a column of the item file says of each internal item id, its words joined by blanks; "" where it says nothing."""
+    kind = dataset.field2type[field]
+    words = dataset.field2id_token.get(field) if kind in (FeatureType.TOKEN, FeatureType.TOKEN_SEQ) else None
+    blank = dataset.config["seq_separator"] or " "
+    raw = [""] * dataset.item_num
+    items = dataset.item_feat[dataset.iid_field].tolist()
+    for item, cell in zip(items, dataset.item_feat[field].tolist(), strict=True):
+        # before `build` a cell is an array or a number, afterwards a list padded with 0 or a number
+        ids = cell if hasattr(cell, "__len__") else [cell]
+        if words is None:
+            raw[int(item)] = blank.join(f"{number:g}" for number in ids)
+        else:
+            raw[int(item)] = blank.join(str(words[int(word)]) for word in ids if word)
+    return raw
 
 
 def check_quotes(path: str | Path, field_separator: str = "\t", encoding: str = "utf-8") -> None:
@@ -162,21 +210,22 @@ def check_quotes(path: str | Path, field_separator: str = "\t", encoding: str = 
     )
 
 
-def _check_column(dataset, field: str | None) -> None:
+def _check_column(dataset, field: str | None, key: str = "title_field", numbers: bool = False) -> None:
+    """Refuse a column that is not there, not loaded, or holds numbers where words are wanted."""
     name = dataset.dataset_name
-    where = f"Set title_field (properties/dataset/{name}.yaml or --title_field=…)."
+    where = f"Set {key} (properties/dataset/{name}.yaml or --{key}=…)."
     if dataset.item_feat is not None and field in dataset.item_feat:
         kind = dataset.field2type[field]
-        if kind not in (FeatureType.TOKEN, FeatureType.TOKEN_SEQ):
+        if not numbers and kind not in (FeatureType.TOKEN, FeatureType.TOKEN_SEQ):
             raise ValueError(
-                f"title_field={field}: that column of the item file of '{name}' is of type {kind.value}; a title is "
+                f"{key}={field}: that column of the item file of '{name}' is of type {kind.value}; a title is "
                 f"token_seq or token. {where}"
             )
         return
     file = Path(dataset.dataset_path) / f"{name}.item"
     if not file.is_file():
         raise ValueError(
-            f"title_field={field}: the data set '{name}' has no item file, and so no titles. "
+            f"{key}={field}: the data set '{name}' has no item file, and so no titles. "
             f"Put them into {file} (columns item_id:token and title:token_seq)."
         )
     with open(file, encoding=dataset.config["encoding"] or "utf-8") as lines:
@@ -184,9 +233,9 @@ def _check_column(dataset, field: str | None) -> None:
     there = [head.split(":")[0] for head in heads]
     if field in there:
         raise ValueError(
-            f"title_field={field}: that column of the item file of '{name}' is not loaded. Add it to load_col: "
+            f"{key}={field}: that column of the item file of '{name}' is not loaded. Add it to load_col: "
             f"item: [{dataset.iid_field}, {field}] (properties/dataset/{name}.yaml or your config file)."
         )
     raise ValueError(
-        f"title_field={field}: no such column in the item file of '{name}'; columns there: {', '.join(there)}. {where}"
+        f"{key}={field}: no such column in the item file of '{name}'; columns there: {', '.join(there)}. {where}"
     )

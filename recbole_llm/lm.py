@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from recbole_llm import decoding, pretrained
 from recbole_llm.adapter import Adapter, twin
-from recbole_llm.artifacts import digest, file_digest
+from recbole_llm.backbone import causal_by_training, quietly, text_config
 from recbole_llm.lora import Pair, Schedule, fit
 from recbole_llm.tokens import Tokens, padded
 
@@ -46,15 +46,15 @@ class LanguageModel:
         self.name = name
         self.folder = str(folder)
         self.provenance = pretrained.provenance_of(folder)
-        self.causal = _is_causal(network.config)
+        self.causal = causal_by_training(network.config)
         self.dtype = dtype
         self._network = network.eval().requires_grad_(False)
-        self._tokens = Tokens(tokenizer, _text_config(network.config), self.causal)
+        self._tokens = Tokens(tokenizer, text_config(network.config), self.causal)
         self._adapter: Adapter | None = None
         self._writing: nn.Module | None = None
         head = network.get_output_embeddings() if self.causal else None
         # where input and hidden width differ (OPT-350m), the output projection knows the latter
-        self.width: int = getattr(head, "in_features", None) or _text_config(network.config).hidden_size
+        self.width: int = getattr(head, "in_features", None) or text_config(network.config).hidden_size
 
     @classmethod
     def load(
@@ -93,19 +93,14 @@ class LanguageModel:
                 f"{key}={name}: is an encoder-decoder model ({config.model_type}); causal language models and text "
                 f"encoders can be used. Name another one: {key}=owner/model or a folder."
             )
-        kind = transformers.AutoModelForCausalLM if _is_causal(config) else transformers.AutoModel
-        bars = transformers.utils.logging.is_progress_bar_enabled()
-        transformers.utils.logging.disable_progress_bar()
-        try:
+        kind = transformers.AutoModelForCausalLM if causal_by_training(config) else transformers.AutoModel
+        with quietly():
             network = kind.from_pretrained(
                 folder, dtype=_stored_dtype(folder, device, work), use_safetensors=True, **local
             )
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **local)
-        finally:
-            if bars:
-                transformers.utils.logging.enable_progress_bar()
         # a checkpoint's own sampling settings or repetition penalty would change what greedy means
-        if _is_causal(config):
+        if causal_by_training(config):
             network.generation_config = transformers.GenerationConfig()
         model = cls(network.to(device), tokenizer, name=name, folder=folder, dtype=work)
         millions = sum(weight.numel() for weight in network.parameters()) / 1e6
@@ -133,16 +128,7 @@ class LanguageModel:
     @cached_property
     def digest(self) -> str:
         """Hexadecimal hash of configuration, tokenizer and weights: the identity of the pretrained model."""
-        files = {}
-        made = Path(self.folder) / pretrained.MANIFEST
-        known = json.loads(made.read_text())["files"] if made.exists() else {}
-        for file in sorted(Path(self.folder).iterdir()):
-            if file.suffix in {".json", ".safetensors", ".model", ".txt"} and file.name != pretrained.MANIFEST:
-                blob = file.resolve()
-                # the hub's cache names large files by their SHA-256 already
-                hashed = blob.name if blob.parent.name == "blobs" and len(blob.name) == 64 else None
-                files[file.name] = known.get(file.name, {}).get("sha256") or hashed or file_digest(file, 64)
-        return digest(files)
+        return pretrained.digest_of(self.folder)
 
     def answer_tokens(self, texts: Sequence[str]) -> list[list[int]]:
         """Tokens of answers, end token included; what `generate` takes as `allowed`."""
@@ -404,14 +390,6 @@ def _stored_dtype(folder: Path, device: torch.device, work: torch.dtype) -> torc
     """float32, in which embedding is exact; bfloat16 on an accelerator for weights over 4 GB, which would not fit."""
     heavy = sum(file.stat().st_size for file in folder.glob("*.safetensors")) > 4 << 30
     return torch.bfloat16 if heavy and device.type != "cpu" and work == torch.bfloat16 else torch.float32
-
-
-def _text_config(config: Any) -> Any:
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
-def _is_causal(config: Any) -> bool:
-    return any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in config.architectures or [])
 
 
 def _pool(states: torch.Tensor, mask: torch.Tensor, how: str) -> torch.Tensor:

@@ -18,7 +18,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from recbole_llm.artifacts import DamagedArtifact, file_digest, read_json, write_json
+from recbole_llm.artifacts import DamagedArtifact, digest, file_digest, read_json, write_json
 
 HUB_SECONDS = 5.0
 MANIFEST = "recbole_llm.json"
@@ -135,6 +135,19 @@ def provenance_of(folder: str | Path) -> str:
     if folder.parent.name == "snapshots":
         return f"Hugging Face hub, revision {folder.name[:12]}"
     return "local folder"
+
+
+def digest_of(folder: str | Path) -> str:
+    """Hexadecimal hash of a model's configuration, tokenizer and weights: its identity, whatever it is called."""
+    folder, files = Path(folder), {}
+    known = read_json(folder / MANIFEST)["files"] if (folder / MANIFEST).exists() else {}
+    for file in sorted(folder.iterdir()):
+        if file.suffix in {".json", ".safetensors", ".model", ".txt"} and file.name != MANIFEST:
+            blob = file.resolve()
+            # the hub's cache names large files by their SHA-256 already
+            hashed = blob.name if blob.parent.name == "blobs" and len(blob.name) == 64 else None
+            files[file.name] = known.get(file.name, {}).get("sha256") or hashed or file_digest(file, 64)
+    return digest(files)
 
 
 def whole(folder: str | Path) -> bool:

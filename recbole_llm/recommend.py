@@ -100,6 +100,32 @@ class Recommender:
         ]
         return answers[0] if single else answers
 
+    def add_items(self, tokens: Sequence[str], texts: Sequence[str]) -> None:
+        """Recommend new items from here on, too, ranked by their text alone; nothing is trained.
+
+        Args:
+            tokens: Names of the new items.
+            texts: Their texts, in the form of the model's `lite_item_template` (by default the titles).
+
+        Raises:
+            ValueError: A token is known already, there are not as many texts, or the model does not rank by text.
+        """
+        if not hasattr(self.model, "add_items"):
+            raise ValueError(
+                f"model={type(self.model).__name__}: ranks by what it learnt of each item, so that a new one has no score; there is "
+                "LiteLLM4Rec with lite_head=tied. Train that one."
+            )
+        known = [token for token in tokens if token in self.ids]
+        if known or len(set(tokens)) < len(tokens) or len(tokens) != len(texts):
+            raise ValueError(
+                f"tokens: {len(tokens)} tokens ({len(known)} of them known already), {len(texts)} texts; new, different tokens with a text "
+                "each are needed."
+            )
+        self.model.add_items(list(texts))
+        self.ids |= {token: len(self.tokens) + place for place, token in enumerate(tokens)}
+        self.tokens += tokens
+        self.titles += texts
+
     def export(self, path: str | Path) -> None:
         """Write the student as the plain state_dict of its RecBole class, which RecBole loads without this package.
 

@@ -382,6 +382,10 @@ class SequenceTrainer(Trainer):
         self.train_loss_dict = {int(epoch): loss for epoch, loss in values["train_loss"].items()}
         self.logger.info(f"Resuming {resume_file} from epoch {self.start_epoch}")
 
+    def resume_values(self) -> dict[str, Any]:
+        """What an exact resume has to know besides."""
+        return {}
+
     def _write_resume(self, epoch: int) -> None:
         """Write all that the next epoch depends on."""
         if not checkpoint.is_ours(self.saved_model_file):
@@ -402,7 +406,7 @@ class SequenceTrainer(Trainer):
             "all_positions": self.all_positions,
             "loader": self.loader.state() if self.all_positions else None,
         }
-        checkpoint.write_resume(self.saved_model_file, tensors, values)
+        checkpoint.write_resume(self.saved_model_file, tensors, values | self.resume_values())
 
     def _continue_exactly(self, validates: bool) -> bool:
         """Bring back what `_write_resume` wrote; whether the training had ended already."""

@@ -22,6 +22,10 @@ SMALL = {
     "show_progress": False,
     "state": "warning",
 }
+OF_EVERY_MODEL = (
+    "epochs", "stopping_step", "MAX_ITEM_LIST_LENGTH", "train_batch_size", "learning_rate", "topk", "valid_metric",
+    "show_progress", "state",
+)  # fmt: skip
 
 
 def ring_settings(data_path, model: str, tiny_lm=None, **more) -> dict:
@@ -33,6 +37,9 @@ def ring_settings(data_path, model: str, tiny_lm=None, **more) -> dict:
         small = {key: SMALL[key] for key in ("topk", "valid_metric", "show_progress", "state", "MAX_ITEM_LIST_LENGTH")}
         small |= {"llm": str(tiny_lm), "train_rows": 16, "valid_rows": 4, "teacher_eval_rows": 8, "teacher_history": 2}
         small |= {"generate_max_new_tokens": 16, **prompts}
+    elif model == "LiteLLM4Rec":
+        small = {key: SMALL[key] for key in OF_EVERY_MODEL}
+        small |= {"llm": str(tiny_lm), "lite_llm_learning_rate": 0.001, "lite_warmup_steps": 0, "lite_dropout": 0.0}
     elif tiny_lm is not None:
         small |= {"teacher_llm": str(tiny_lm), "teacher_train_rows": 16, "teacher_valid_rows": 4, "teacher_rows": 24}
         small |= {

@@ -471,7 +471,9 @@ def test_dataset_yamls_name_only_keys_that_some_model_has():
 def test_model_files_are_found_without_importing_them(monkeypatch):
     for module in model_files().values():
         monkeypatch.delitem(sys.modules, module, raising=False)
-    assert model_files.__wrapped__() == {"BIGRec": "recbole_llm.model.bigrec", "DLLM2Rec": "recbole_llm.model.dllm2rec"}
+    names = [path.stem for path in (PROPERTIES / "model").glob("*.yaml")]
+    assert {"BIGRec", "DLLM2Rec"} <= set(names)
+    assert model_files.__wrapped__() == {name: f"recbole_llm.model.{name.lower()}" for name in names}
     assert not set(model_files().values()) & set(sys.modules)
 
 

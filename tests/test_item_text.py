@@ -1,6 +1,7 @@
 """Titles: cleaning, and their way from the item file to the internal ids."""
 
 import logging
+import re
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from recbole.config import Config
 from recbole.data import create_dataset
 
-from recbole_llm.item_text import ItemText, check_quotes, clean_title
+from recbole_llm.item_text import ItemText, check_quotes, clean_title, filled_in
 from recbole_llm.model import PROPERTIES
 from tests.ring import RING, TITLES, TOKENS, shuffled
 
@@ -195,3 +196,37 @@ def _cut(config, name):
     # the interactions kept may know few of the items kept
     config["item_inter_num_interval"] = "[0,inf)"
     return config
+
+
+def with_columns(ring, rows, head="item_id:token\ttitle:token_seq\tkind:token\tprice:float"):
+    """The ring with an item file of its own, and all of its columns loaded."""
+    (ring / "ring" / "ring.item").write_text("\n".join([head, *map("\t".join, rows)]) + "\n", encoding="utf-8")
+    names = [column.split(":")[0] for column in head.split("\t")]
+    return load(ring, load_col={"inter": RING["load_col"]["inter"], "item": names})
+
+
+def test_a_template_is_filled_in_by_column_and_leaves_out_what_is_empty(ring):
+    rows = [[token, title, "", "2.5"] for token, title in zip(TOKENS, TITLES, strict=True)]
+    rows[1][2:] = ["pets &amp; toys", "10"]
+    dataset = with_columns(ring, rows)
+    texts = filled_in("title: {title}; kind: {kind}; costs {price}", dataset, "title")
+    by_token = dict(zip(dataset.field2id_token["item_id"], texts, strict=True))
+    assert by_token["[PAD]"] == "" and by_token["i00"] == f"title: {TITLES[0]}; costs 2.5"
+    assert by_token["i01"] == f"title: {TITLES[1]}; kind: pets & toys; costs 10"
+    assert filled_in("{title}", dataset, "title") == list(ItemText.from_dataset(dataset, "title").titles)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("an item", "lite_item_template='an item': names no column, so that all items would read alike; there is {title}"),
+        ("{brand}", "lite_item_template=brand: no such column in the item file of 'ring'; columns there: item_id, title, kind"),
+        ("{kind}", "lite_item_template=kind: that column of the item file of 'ring' is not loaded. Add it to load_col"),
+    ],
+)  # fmt: skip
+def test_a_template_that_cannot_be_filled_in_is_refused(ring, template, message):
+    file = ring / "ring" / "ring.item"
+    head, *lines = file.read_text().splitlines()
+    file.write_text("\n".join([f"{head}\tkind:token", *(f"{line}\tpet" for line in lines)]) + "\n")
+    with pytest.raises(ValueError, match=re.escape(message)):
+        filled_in(template, load(ring), "title")

@@ -1,0 +1,110 @@
+"""The backbone: every family reads with either mask, padding means nothing on either side, and what is trained is what was asked."""
+
+import pytest
+import torch
+
+from recbole_llm.backbone import Backbone
+from tests.families import FAMILIES, make_family
+
+LENGTHS = torch.tensor([9, 4, 1])
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, tiny_lm):
+    """A folder per family."""
+    return {name: make_family(name, tmp_path_factory.mktemp(name), tiny_lm) for name in FAMILIES}
+
+
+@pytest.fixture(params=sorted(FAMILIES))
+def folder(request, folders):
+    """The folder of each family."""
+    return str(folders[request.param])
+
+
+def right_padded():
+    """Vectors [3, 9, 32], noise where there is padding, and what is real."""
+    real = torch.arange(9) < LENGTHS[:, None]
+    return torch.randn(3, 9, 32, generator=torch.Generator().manual_seed(0)), real
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_padding_may_stand_on_either_side_and_says_nothing(folder, causal):
+    backbone = Backbone.load(folder, causal=causal).eval()
+    vectors, real = right_padded()
+    states = backbone(vectors, real)
+    noise = torch.where(real[..., None], vectors, 7.0)
+    assert torch.allclose(backbone(noise, real)[real], states[real], atol=1e-5)
+    left, left_real = torch.full_like(vectors, -3.0), real.flip(1)
+    left[left_real] = vectors[real]
+    assert torch.allclose(backbone(left, left_real)[left_real], states[real], atol=1e-5)
+    for row, length in enumerate(LENGTHS.tolist()):
+        alone = backbone(vectors[row : row + 1, :length], real[row : row + 1, :length])
+        assert torch.allclose(alone[0], states[row, :length], atol=1e-5)
+
+
+def test_a_causal_mask_hides_what_comes_later_and_the_other_one_does_not(folder):
+    vectors, real = right_padded()
+    changed = vectors.clone()
+    changed[0, 5:] = 2.0
+    for causal in (True, False):
+        backbone = Backbone.load(folder, causal=causal).eval()
+        moved = (backbone(vectors, real) - backbone(changed, real))[0].abs().amax(dim=1)
+        assert moved[5:].min() > 1e-3
+        assert moved[:5].max() == 0 if causal else moved[:5].min() > 1e-4
+
+
+def test_tokens_are_read_as_their_vectors_are(folder):
+    backbone = Backbone.load(folder, causal=False).eval()
+    tokens, (_, real) = torch.arange(2, 29).view(3, 9), right_padded()
+    table = backbone.network.get_input_embeddings()
+    assert torch.allclose(backbone.read(tokens, real)[real], backbone(table(tokens), real)[real], atol=1e-5)
+
+
+def test_fewer_layers_are_the_first_ones(folder):
+    whole, short = Backbone.load(folder, causal=True), Backbone.load(folder, causal=True, layers=1)
+    kept = dict(whole.named_parameters())
+    assert all(torch.equal(weight, kept[name]) for name, weight in short.named_parameters())
+    assert sum(weight.numel() for weight in short.parameters()) < sum(weight.numel() for weight in whole.parameters())
+    with pytest.raises(ValueError, match=r"has 2 layers, not 3; there is 0 \(all\) to 2. Set lite_rec_layers"):
+        Backbone.load(folder, causal=True, layers=3)
+
+
+def test_without_the_table_of_tokens_vectors_are_read_as_before(folder):
+    vectors, real = right_padded()
+    backbone = Backbone.load(folder, causal=True).eval()
+    before = backbone(vectors, real)
+    assert torch.equal(backbone.without_tokens()(vectors, real), before)
+
+
+def test_weights_may_be_drawn_and_dropout_set(folder):
+    torch.manual_seed(0)
+    drawn = Backbone.load(folder, causal=True, pretrained_weights=False, dropout=0.0)
+    loaded = Backbone.load(folder, causal=True, dropout=0.3)
+    there = dict(drawn.named_parameters())
+    assert any(not torch.equal(weight, there[name]) for name, weight in loaded.named_parameters())
+    shares = {module.p for module in loaded.modules() if isinstance(module, torch.nn.Dropout)}
+    assert shares <= {0.3}
+    vectors, real = right_padded()
+    drawn.train()
+    assert torch.equal(drawn(vectors, real), drawn(vectors, real))
+
+
+@pytest.mark.parametrize("how", ["full", "partial", "lora", "frozen"])
+def test_what_is_trained_is_what_was_asked(folder, how):
+    backbone = Backbone.load(folder, causal=False)
+    vectors, real = right_padded()
+    before = backbone.eval()(vectors, real)
+    backbone.train_only(how, layers=1, rank=2)
+    trained = {name for name, weight in backbone.named_parameters() if weight.requires_grad}
+    everything = {name for name, _ in backbone.named_parameters()}
+    if how == "full":
+        assert trained == everything
+    elif how == "frozen":
+        assert not trained
+    elif how == "partial":
+        assert trained and all(".1." in name for name in trained)
+        with pytest.raises(ValueError, match="lite_item_layers=3: the Item LLM has 2 layers; there is 1 to 2"):
+            backbone.train_only(how, layers=3)
+    else:
+        assert trained and all("lora_" in name for name in trained)
+    assert torch.allclose(backbone.eval()(vectors, real), before, atol=1e-6)
