@@ -132,12 +132,35 @@ class Backbone(nn.Module):
             allowed = (
                 torch.ones(length, length, dtype=torch.bool, device=real.device).tril().expand(len(real), 1, -1, -1)
             )
-        if self.additive:
-            allowed = torch.zeros(allowed.shape, dtype=self.network.dtype, device=real.device).masked_fill(
-                ~allowed, torch.finfo(self.network.dtype).min
-            )
         once = {"use_cache": False} if hasattr(text_config(self.network.config), "use_cache") else {}
-        return self.network(**{name: values}, attention_mask=allowed, **once).last_hidden_state
+        return self.network(**{name: values}, attention_mask=self._mask(allowed), **once).last_hidden_state
+
+    def read_on(self, vectors: Tensor, allowed: Tensor, place: Tensor, kept: Any) -> Tensor:
+        """Read vectors [B, l, width] behind what was read before.
+
+        Args:
+            vectors: What is new.
+            allowed: Which places of a row each new one may look at, bool [B, 1, l, longest].
+            place: Places of the new ones in their rows [B, l].
+            kept: A cache as transformers' models use it.
+
+        Returns:
+            States of the new ones [B, l, width].
+        """
+        more = {
+            "attention_mask": self._mask(allowed),
+            "position_ids": place,
+            "past_key_values": kept,
+            "use_cache": True,
+        }
+        return self.network(inputs_embeds=vectors, **more).last_hidden_state
+
+    def _mask(self, allowed: Tensor) -> Tensor:
+        """A mask of truth values as this network's attention takes it."""
+        if not self.additive:
+            return allowed
+        lowest = torch.finfo(self.network.dtype).min
+        return torch.zeros(allowed.shape, dtype=self.network.dtype, device=allowed.device).masked_fill(~allowed, lowest)
 
     def train_only(self, how: str, layers: int = 0, rank: int = 8, alpha: float = 16, dropout: float = 0.05) -> None:
         """Choose which parameters are trained.

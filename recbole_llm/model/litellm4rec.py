@@ -109,7 +109,9 @@ class LiteLLM4Rec(Teacher):
             )
 
     def read_items(self) -> None:
-        """Let the Item LLM read all texts, or take what it read earlier from the disk; done at the first use."""
+        """See that the items' vectors are there: read by the Item LLM, or earlier and taken from the disk; done at the first use."""
+        if self.knows_items:
+            return
         from recbole_llm.item_reader import item_vectors
 
         config = self.config
@@ -143,8 +145,7 @@ class LiteLLM4Rec(Teacher):
     def unfreeze(self) -> None:
         """Train the Item LLM, too, as `lite_item_train` says, from here on (phase B)."""
         if self.item_llm is None:
-            if not self.knows_items:
-                self.read_items()
+            self.read_items()
             self.item_llm = self.item_reader(self.texts)
 
     def _read_batch(self, items: Tensor) -> None:
@@ -175,8 +176,7 @@ class LiteLLM4Rec(Teacher):
             item_seq: Items of the histories, oldest first, 0 for padding [B, L].
             item_seq_len: Not used: where the last item stands is read off the items.
         """
-        if not self.knows_items:
-            self.read_items()
+        self.read_items()
         if self.item_llm is not None and self.training:
             self._read_batch(item_seq)
         elif self._vectors_are_old:
@@ -186,12 +186,13 @@ class LiteLLM4Rec(Teacher):
         if self.pool == "mean":
             states = states * real.unsqueeze(2)
             if not self.causal:
-                return self._in_head(states.sum(dim=1) / real.sum(dim=1, keepdim=True).clamp_min(1))
+                return self.in_head(states.sum(dim=1) / real.sum(dim=1, keepdim=True).clamp_min(1))
             states = states.cumsum(dim=1) / real.cumsum(dim=1).clamp_min(1).unsqueeze(2)
         last = (real * torch.arange(real.shape[1], device=real.device)).argmax(dim=1)
-        return self._in_head(self.gather_indexes(states, last))
+        return self.in_head(self.gather_indexes(states, last))
 
-    def _in_head(self, states: Tensor) -> Tensor:
+    def in_head(self, states: Tensor) -> Tensor:
+        """States [..., width] in the space of `item_embedding.weight`."""
         states = self.to_head(states)
         if self.item_embedding.bias is None:
             return states
@@ -204,7 +205,10 @@ class LiteLLM4Rec(Teacher):
 
     def full_sort_predict(self, interaction):
         """Log-probability of every item [B, n_items]; the padding item stands below all others."""
-        states = self.forward(interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN])
+        return self.scores(self.forward(interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN]))
+
+    def scores(self, states: Tensor) -> Tensor:
+        """Log-probability of every item from what `forward` gives [B, d] -> [B, n_items]."""
         scores = states @ self.item_embedding.weight.T
         scores[:, 0] = float("-inf")
         scores = functional.log_softmax(scores.float(), dim=1)
@@ -218,8 +222,7 @@ class LiteLLM4Rec(Teacher):
     @torch.no_grad()
     def item_embeddings(self) -> Tensor:
         """What the Recommendation LLM reads of each item: its projected text, and its own vector if it has one [n_items, d]."""
-        if not self.knows_items:
-            self.read_items()
+        self.read_items()
         self.refresh()
         return self.item_embedding.inputs()
 
