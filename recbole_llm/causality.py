@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from recbole.data.interaction import Interaction
 from torch import Tensor
+from torch.nn import functional
 
 CAUSAL_TOLERANCE = 1e-4
 """Largest difference, as a share of the largest state, that still counts as rounding."""
@@ -101,6 +102,29 @@ def sample_rows(model, rows: int = 4, longest: int = 50) -> Interaction:
         model.ITEM_ID: torch.randint(1, model.n_items, (rows,), generator=generator),
     }
     return Interaction(columns).to(model.device)
+
+
+def fault_of_scores(model) -> str | None:
+    """Why a model's ranking is not that of its state times its item table; None if it is.
+
+    Compared on a made-up batch and up to a number per row, which no ranking and no softmax sees.
+
+    Args:
+        model: A RecBole sequential model.
+    """
+    sample = sample_rows(model).interaction
+    pad = model.max_seq_length - sample[model.ITEM_SEQ].shape[1]
+    batch = Interaction(sample | {model.ITEM_SEQ: functional.pad(sample[model.ITEM_SEQ], (0, max(0, pad)))})
+    try:
+        with undisturbed(model):
+            made = model(**forward_arguments(model, batch)) @ model.item_embedding.weight.T
+            own = model.full_sort_predict(batch).view(len(batch), -1)
+            if made.shape != own.shape:
+                return "they differ"
+            made, own = (torch.log_softmax(scores[:, 1:].float(), dim=1) for scores in (made, own))
+            return None if torch.allclose(made, own, rtol=1e-3, atol=1e-4) else "they differ"
+    except Exception as error:  # whatever a model raises here, its scores are made of something else
+        return f"{type(error).__name__}: {error}"
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 A row is (user token, target position, the last `teacher_history` item tokens, target token).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +12,10 @@ import torch
 from torch import Tensor
 
 from recbole_llm.artifacts import digest, tensors_digest
-from recbole_llm.item_text import ItemText
+from recbole_llm.item_text import ItemText, filled_in
 from recbole_llm.sequences import Log
+
+TITLE_ALONE = "{title}"
 
 
 @dataclass(frozen=True)
@@ -79,16 +82,27 @@ def titles_digest(dataset: Any, names: Names) -> str | None:
     return digest([titles[item] for item in names.internal.tolist()])
 
 
-def data_digest(log: Log, dataset: Any, title_field: str | None) -> str:
-    """Hash of the training log by tokens, and of the titles: two files in another order have the same."""
+def data_digest(log: Log, dataset: Any, config: Any) -> str:
+    """Hash of the training log by tokens, and of what a teacher reads of the items: two files in another order have the same.
+
+    Args:
+        log: The log.
+        dataset: The dataset it is of.
+        config: The teacher's; `title_field` and, where it has one, `lite_item_template` say what is read.
+    """
+    title_field, template = config["title_field"], config["lite_item_template"] or TITLE_ALONE
     items = [str(token) for token in dataset.field2id_token[dataset.iid_field]]
     users = dataset.field2id_token[dataset.uid_field]
-    titles = ItemText.from_dataset(dataset, title_field).titles if title_field else ()
+    texts: Sequence[str] = ()
+    if template != TITLE_ALONE:
+        texts = filled_in(template, dataset, title_field)
+    elif title_field:
+        texts = ItemText.from_dataset(dataset, title_field).titles
     return digest(
         {
             "users": [str(users[user]) for user in log.users.tolist()],
             "offsets": log.offsets.tolist(),
             "items": [items[item] for item in log.items.tolist()],
-            "titles": sorted(zip(items, titles, strict=False)),
+            "titles": sorted(zip(items, texts, strict=False)),
         }
     )

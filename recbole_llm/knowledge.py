@@ -6,7 +6,7 @@ data that are not the teacher's. The released DLLM2Rec pipeline joins teacher an
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,6 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from recbole.data.interaction import Interaction
 from torch import Tensor
 from tqdm import tqdm
 
@@ -24,18 +23,19 @@ from recbole_llm.artifacts import (
     digest,
     file_digest,
     read_json,
-    read_metadata,
     read_tensors,
     tensors_digest,
     write_json,
     write_tensors,
 )
 from recbole_llm.checkpoint import random_state, set_random_state
-from recbole_llm.config import role_config
+from recbole_llm.config import role_config, shared
+from recbole_llm.folds import fault_of_folds, folds_of, others, rows_of
 from recbole_llm.identity import Names, data_digest, fingerprint, titles_digest
 from recbole_llm.item_text import ItemText
+from recbole_llm.labelling import Labeller, whole_shard
 from recbole_llm.sequences import Log
-from recbole_llm.teacher import Teacher, identity, item_table, rank, ready, teacher_folder
+from recbole_llm.teacher import Teacher, identity, item_table, ready, scores_of, teacher_folder
 
 FORMAT = 1
 
@@ -91,7 +91,14 @@ class Knowledge:
 
     @classmethod
     def build(
-        cls, teacher: Any, dataset: Any, rows: Tensor, k: int, folder: str | Path, options: dict[str, Any]
+        cls,
+        teacher: Any,
+        dataset: Any,
+        rows: Tensor,
+        k: int,
+        folder: str | Path,
+        options: dict[str, Any],
+        folds: Sequence[tuple[Any, Tensor]] = (),
     ) -> "Knowledge":
         """Let a teacher label training rows, shard by shard; shards that are whole already are kept.
 
@@ -103,28 +110,29 @@ class Knowledge:
             rows: Row numbers to label [M].
             k: Candidates per row.
             folder: Where it is kept.
-            options: `history`, `shard_rows`, `provenance`, `progress`.
+            options: `history`, `shard_rows`, `overlap`, `provenance`, `progress`.
+            folds: Teachers that label instead, each with its rows, none of which it was trained on; the item vectors stay `teacher`'s.
         """
         folder, log = Path(folder), Log.from_dataset(dataset)
         names = Names.of(dataset, log)
         began = perf_counter()
-        k = min(k, len(names.items))
-        trained = (
-            teacher.trained_on(len(log.rows()))
-            if isinstance(teacher, Teacher)
-            else torch.ones(len(log.rows()), dtype=torch.bool)
-        )
-        plan = _plan(teacher, log, rows, options["shard_rows"])
+        k, rows = min(k, len(names.items)), rows.sort().values
+        trained = torch.zeros(len(log.rows()), dtype=torch.bool)
+        if not folds:
+            trained = teacher.trained_on(len(trained)) if isinstance(teacher, Teacher) else ~trained
         parts: dict[str, str] = {}
         bar = tqdm(total=len(rows), desc="Label rows", ncols=100, unit="row", disable=not options["progress"])
-        for number, chosen in enumerate(plan):
-            name = f"shard-{number:05d}.safetensors"
-            shard = _whole_shard(folder / name, chosen)
-            if shard is None:
-                shard = _label(teacher, log, names, chosen, k, trained)
-                write_tensors(folder / name, shard, {"digest": tensors_digest(shard)})
-            parts[name] = tensors_digest(shard)
-            bar.update(len(chosen))
+        for labels, own in folds or [(teacher, rows)]:
+            labeller = Labeller(labels, log, own, k, options["shard_rows"], options["overlap"])
+            for chosen, of_shard in labeller.shards():
+                name = f"shard-{len(parts):05d}.safetensors"
+                shard = whole_shard(folder / name, of_shard)
+                if shard is None:
+                    shard = labeller.label(chosen, of_shard) | {"trained": trained[of_shard]}
+                    shard["items"] = names.number[shard["items"]].int()
+                    write_tensors(folder / name, shard, {"digest": tensors_digest(shard)})
+                parts[name] = tensors_digest(shard)
+                bar.update(len(of_shard))
         bar.close()
         vectors = {"item_embedding": item_table(teacher).float().cpu()[names.internal].contiguous()}
         vectors["item_embedding"][0] = 0
@@ -135,7 +143,8 @@ class Knowledge:
             "rows": len(rows),
             "candidates": k,
             "history": options["history"],
-            "fingerprint": fingerprint(log, names, rows.sort().values, options["history"]),
+            "scores": scores_of(teacher),
+            "fingerprint": fingerprint(log, names, rows, options["history"]),
             "titles": titles_digest(dataset, names),
             "provenance": options["provenance"],
             "seconds": perf_counter() - began,
@@ -143,48 +152,6 @@ class Knowledge:
         }
         write_json(folder / "manifest.json", manifest)
         return cls.load(folder)
-
-
-def _plan(teacher: Any, log: Log, rows: Tensor, shard_rows: int) -> list[Tensor]:
-    """Rows in shards of about equal prompts: ordered by work, then by number."""
-    rows = rows.sort().values
-    if isinstance(teacher, Teacher):
-        seen, _ = log.history(log.rows()[rows], teacher.history_length)
-        rows = rows[torch.sort(teacher.work(seen), stable=True).indices]
-    return list(rows.split(max(1, shard_rows)))
-
-
-def _whole_shard(file: Path, rows: Tensor) -> dict[str, Tensor] | None:
-    """A shard that was written earlier, if it is byte for byte what was written and of these rows."""
-    try:
-        shard = read_tensors(file)
-        unchanged = read_metadata(file).get("digest") == tensors_digest(shard)
-    except (FileNotFoundError, DamagedArtifact):
-        return None
-    return shard if unchanged and torch.equal(shard["row"], rows) else None
-
-
-@torch.no_grad()
-def _label(teacher: Any, log: Log, names: Names, rows: Tensor, k: int, trained: Tensor) -> dict[str, Tensor]:
-    position = log.rows()[rows]
-    length = teacher.history_length if isinstance(teacher, Teacher) else teacher.max_seq_length
-    seen, lengths = log.history(position, length)
-    batch = Interaction(
-        {
-            teacher.USER_ID: log.users[log.user_index(position)],
-            teacher.ITEM_SEQ: seen,
-            teacher.ITEM_SEQ_LEN: lengths,
-            teacher.ITEM_ID: log.items[position],
-        }
-    ).to(teacher.device)
-    items, score, target_score = (part.cpu() for part in rank(teacher, batch, k))
-    return {
-        "row": rows.clone(),
-        "items": names.number[items].int(),
-        "score": score.float(),
-        "target_score": target_score.float(),
-        "trained": trained[rows],
-    }
 
 
 @dataclass
@@ -198,6 +165,7 @@ class Attached:
         target_score: Score of the true item [M].
         trained: Whether the teacher was tuned on the row [M].
         item_embedding: Vectors by internal id [n_items, d].
+        scores_are: log-probability | distance (minus one).
     """
 
     index: Tensor
@@ -206,6 +174,7 @@ class Attached:
     target_score: Tensor
     trained: Tensor
     item_embedding: Tensor
+    scores_are: str = "distance"
 
     @property
     def labelled(self) -> int:
@@ -217,22 +186,34 @@ class Attached:
         """How many positions the log has, first items included."""
         return len(self.index)
 
-    def drop_trained(self, drop: bool) -> None:
-        """Take the teacher's own training rows out of use: it has memorised their targets."""
-        if drop:
-            used = self.index >= 0
-            memorised = self.trained[self.index.clamp_min(0)] & used
+    def treat_trained(self, how: str, target: Tensor) -> None:
+        """Treat the teacher's own training rows, whose targets it has memorised.
+
+        Args:
+            how: drop (they are not used) | drop_target (the true item is no candidate there) | keep.
+            target: Item of each flat position of the log, by internal id [N].
+
+        Raises:
+            ValueError: Nothing is left.
+        """
+        used = self.index >= 0
+        memorised = self.trained[self.index.clamp_min(0)] & used
+        if how == "drop_target":
+            row = self.index[memorised]
+            self.items[row] = self.items[row].masked_fill(self.items[row] == target[memorised].unsqueeze(1), 0)
+        elif how == "drop":
             self.index = self.index.masked_fill(memorised, -1)
             if used.any() and not (self.index >= 0).any():
                 raise ValueError(
                     "teacher_trained_rows=drop: the teacher was trained on every row it labelled, so no row is left for the ranking "
-                    "term. Set teacher_trained_rows=keep, or distill_ranking=none to use its item vectors only."
+                    "term; there is teacher_folds=2 (teachers that were not), teacher_trained_rows=drop_target or keep, and "
+                    "distill_ranking=none to use its item vectors only. Set one of them."
                 )
 
     def to(self, device: Any) -> None:
         """Move every table to a device."""
         for name, value in vars(self).items():
-            setattr(self, name, value.to(device))
+            setattr(self, name, value.to(device) if isinstance(value, Tensor) else value)
 
 
 def attach(knowledge: Knowledge, dataset: Any, topk: int, history: int) -> Attached:
@@ -270,7 +251,9 @@ def attach(knowledge: Knowledge, dataset: Any, topk: int, history: int) -> Attac
     index[log.rows()[rows]] = torch.arange(len(rows))
     vectors = knowledge.item_embedding[names.number]
     items = names.internal[knowledge.items[:, :topk].long()]
-    return Attached(index, items, knowledge.score[:, :topk], knowledge.target_score, knowledge.trained.bool(), vectors)
+    scores_are = knowledge.manifest.get("scores", "distance")
+    score, trained = knowledge.score[:, :topk], knowledge.trained.bool()
+    return Attached(index, items, score, knowledge.target_score, trained, vectors, scores_are)
 
 
 @dataclass
@@ -287,7 +270,9 @@ class Request:
         """Find the folder in which this Knowledge is, or will be; imports no LLM library."""
         teacher = role_config(config, "teacher")
         log = Log.from_dataset(dataset)
-        data = data_digest(log, dataset, config["title_field"])
+        if fault := fault_of_folds(config, teacher, len(log.users)):
+            raise ValueError(fault)
+        data = data_digest(log, dataset, teacher)
         # the same rows in another data set of the same name are told apart by `data`
         keys = {
             "teacher": identity(teacher, labelling=True),
@@ -300,6 +285,8 @@ class Request:
             "seed": config["teacher_seed"],
             "format": FORMAT,
         }
+        if config["teacher_folds"]:
+            keys["folds"] = config["teacher_folds"]
         folder = (
             Path(config["checkpoint_dir"]) / "knowledge" / f"{config['teacher']}-{config['dataset']}-{digest(keys)}"
         )
@@ -348,7 +335,7 @@ def ensure(config: Any, train_data: Any, valid_data: Any) -> Knowledge:
         valid_data: RecBole's validation loader, for the teacher's early stopping.
 
     Raises:
-        ValueError: `teacher_knowledge` names a folder without a whole Knowledge.
+        ValueError: `teacher_knowledge` names a folder without a whole Knowledge, or `teacher_folds` cannot be done.
     """
     logger = logging.getLogger()
     if config["teacher_knowledge"]:
@@ -381,17 +368,36 @@ def _build(config: Any, request: Request, train_data: Any, valid_data: Any) -> K
     options = {
         "history": config["teacher_history"],
         "shard_rows": config["teacher_shard_rows"],
+        "overlap": shared(request.config, "window_overlap"),
         "progress": config["show_progress"],
         "provenance": {
             "teacher": config["teacher"],
             "checkpoint": str(request.checkpoint or request.teacher_folder),
             "checkpoint_digest": _checkpoint_digest(request.checkpoint or request.teacher_folder / "model.safetensors"),
             "settings": identity(request.config, labelling=True),
+            "folds": config["teacher_folds"] or 0,
             **(teacher.provenance() if hasattr(teacher, "provenance") else {}),
         },
     }
     rows = rows_to_label(teacher, n_rows, config["teacher_rows"], config["teacher_seed"])
-    return Knowledge.build(teacher, dataset, rows, config["distill_topk"], request.folder, options)
+    folds = _folds(config, request, train_data, valid_data, rows) if config["teacher_folds"] else ()
+    return Knowledge.build(teacher, dataset, rows, config["distill_topk"], request.folder, options, folds)
+
+
+def _folds(config: Any, request: Request, train_data: Any, valid_data: Any, rows: Tensor) -> list[tuple[Any, Tensor]]:
+    """A teacher for each fold of users, trained on all others, and the fold's rows among those to label."""
+    dataset = train_data._dataset
+    log, count = Log.from_dataset(dataset), config["teacher_folds"]
+    fold = folds_of(Names.of(dataset, log).users, count, config["teacher_seed"])
+    made = []
+    for number in range(count):
+        own = (fold == number).nonzero()[:, 0]
+        logging.getLogger().info(
+            f"Fold {number + 1} of {count}: a teacher that does not see {len(own)} of {len(fold)} users."
+        )
+        teacher = ready(request.config, others(request.config, train_data, log.users[own]), valid_data)
+        made.append((teacher, rows[torch.isin(rows, rows_of(log, own))]))
+    return made
 
 
 def rows_to_label(teacher: Any, n_rows: int, count: int, seed: int) -> Tensor:

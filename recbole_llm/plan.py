@@ -39,7 +39,7 @@ def steps(config: Any, data: tuple) -> list[Step]:
     train_data, test_data = data.train, data.test
     rate = multiplications_per_second()
     targets = len(train_data._dataset)
-    if config["llm"]:
+    if config["prompt_lead"]:
         count = _some(config["teacher_eval_rows"], len(test_data._dataset))
         return [*tuning(config, targets, rate), writing("Test the LLM", config["llm"], count, rate)]
     if not config["student"] or config["distill_mode"] == "off":
@@ -61,8 +61,14 @@ def teaching(config: Any, train_data: Any, test_rows: int, rate: float) -> list[
         return [Step(f"Take the Knowledge from {request.folder}", None)]
     name, targets = config["teacher"], len(train_data._dataset)
     rows = _some(config["teacher_rows"], targets)
-    if not request.config["llm"]:
-        return [training(request.config, f"{name} (teacher)", targets, train_data._dataset.item_num, rate)]
+    if not request.config["prompt_lead"]:
+        plan, items = [], train_data._dataset.item_num
+        if not teacher.is_ready(request.teacher_folder):
+            plan.append(training(request.config, f"{name} (teacher)", targets, items, rate))
+        if folds := config["teacher_folds"]:
+            each = training(request.config, f"{folds} teachers of folds", targets * (folds - 1), items, rate)
+            plan.append(each)
+        return plan
     tuned = request.checkpoint or teacher.is_ready(request.teacher_folder)
     first = [Step(f"Take the tuned {name} from {request.checkpoint or request.teacher_folder}", None)]
     llm, tested = request.config["llm"], _some(config["teacher_eval_rows"], test_rows)
@@ -93,12 +99,23 @@ def writing(what: str, llm: str, rows: int, rate: float) -> Step:
 
 def training(config: Any, name: str, targets: int, n_items: int, rate: float) -> Step:
     """The stage of training a small sequential model, with as many epochs as are usual."""
-    width = config["hidden_size"] or config["embedding_size"] or 64
-    layers = config["n_layers"] or config["num_layers"] or 1
+    width, layers = size(config)
     epochs = min(config["epochs"], USUAL_EPOCHS)
-    work = targets * epochs * 6 * (width * n_items + layers * 12 * width * width)
+    work = targets * epochs * 6 * ((config["lite_head_width"] or width) * n_items + layers * 12 * width * width)
     what = f"Train {name} on {targets} targets, about {epochs} epochs until early stopping"
     return Step(what, work / (rate * TRAIN_STUDENT))
+
+
+def size(config: Any) -> tuple[int, int]:
+    """Width and layers of what reads the histories."""
+    if not config["lite_head"]:
+        width = config["hidden_size"] or config["embedding_size"] or 64
+        return width, config["n_layers"] or config["num_layers"] or 1
+    from recbole_llm.backbone import configuration, text_config  # rule: only runs that train an LLM import its library
+    from recbole_llm.pretrained import find
+
+    network = text_config(configuration(find(config["lite_rec_llm"] or config["llm"])))
+    return network.hidden_size, config["lite_rec_layers"] or network.num_hidden_layers
 
 
 def parameters(llm: str) -> float:

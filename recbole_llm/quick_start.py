@@ -108,16 +108,21 @@ def refuse_early(config: Config, data: Data) -> None:
     Raises:
         ValueError: A setting, a student or a teacher cannot work.
     """
-    asks = (
-        config["student"] and Distillation.from_config(config).asks_teacher(config) and not config["teacher_knowledge"]
-    )
-    for each in [config, *([knowledge.Request.of(config, data.train._dataset).config] if asks else [])]:
+    models = [config]
+    if config["student"] and Distillation.from_config(config).asks_teacher(config) and not config["teacher_knowledge"]:
+        request = knowledge.Request.of(config, data.train._dataset)
+        # what the teacher said and how it ranks may be there already; then it is not built, and no LLM library is imported
+        if not (config["resume"] and request.exists and finished(teacher_line_folder(config, request))):
+            models.append(request.config)
+    for each in models:
         model = get_model(each["model"])(each, data.train._dataset).to(each["device"])
         if not issubclass(trainer_class(each), SequenceTrainer):
             raise ValueError(
                 f"model={each['model']}: it has a trainer of its own, or is no sequential model; this runner trains RecBole's sequential "
                 "models and ours. Run it with RecBole's run_recbole, which `import recbole_llm` leaves as it is."
             )
+        if each is not config and Distillation.from_config(config).wants_vectors_of_teacher(config):
+            teacher.refuse_without_vectors(model)
         trainer = trainer_class(each)(each, model)
         for part in (data.valid, data.test):
             trainer.refuse_early(part)
@@ -134,12 +139,17 @@ def distillation(config: Config, data: Data) -> list[report.Line]:
     return lines
 
 
+def teacher_line_folder(config: Config, request: knowledge.Request) -> Path:
+    """Where the teacher's own test metrics are, or will be, under the run's protocol."""
+    protocol = {key: config[key] for key in ("teacher_eval_rows", "topk", "metrics", "eval_args", "seen_items")}
+    return request.folder / f"test-{digest(protocol)}"
+
+
 def teacher_line(config: Config, data: Data, known: knowledge.Knowledge) -> report.Line:
     """The teacher's own test metrics, on its sample of test rows; from its folder if they are there."""
     train_data, valid_data, test_data = data.train, data.valid, data.test
     request = knowledge.Request.of(config, train_data._dataset)
-    protocol = {key: config[key] for key in ("teacher_eval_rows", "topk", "metrics", "eval_args", "seen_items")}
-    folder = request.folder / f"test-{digest(protocol)}"
+    folder = teacher_line_folder(config, request)
     if config["resume"] and (line := finished(folder)):
         return line
     trained = teacher.ready(request.config, train_data, valid_data, request.checkpoint)

@@ -35,6 +35,9 @@ LABELLING = ("generate_", "ground_")  # settings that change the labels, but not
 class Teacher(SequentialRecommender):
     """A recommender that others learn from; ranks like any RecBole sequential model."""
 
+    scores_are = "log-probability"
+    """What its scores are: log-probability (over the catalogue) | distance (minus one)."""
+
     @property
     def history_length(self) -> int:
         """Most history items it looks at."""
@@ -63,9 +66,11 @@ def rank(model: SequentialRecommender, batch: Any, k: int) -> tuple[Tensor, Tens
 
     Returns:
         items [B, k], their score [B, k], score of the target [B]; the padding id is never among the items. A model that
-        re-weights its ranking (`plain_scores`) is asked for the scores before that: they say how sure it is.
+        re-weights its ranking (`plain_scores`) is asked for the scores before that: they say how sure it is. What RecBole's own models
+        say is known up to a number per row only, and becomes a log-probability.
     """
-    scores = model.full_sort_predict(batch).view(len(batch), -1).float().clone()
+    scores = model.full_sort_predict(batch).view(len(batch), -1).float()
+    scores = scores.clone() if isinstance(model, Teacher) else log_probability(scores)
     scores[:, 0] = float("-inf")
     items = scores.topk(k, dim=1).indices
     plain = getattr(model, "plain_scores", None)
@@ -73,11 +78,43 @@ def rank(model: SequentialRecommender, batch: Any, k: int) -> tuple[Tensor, Tens
     return items, plain.gather(1, items), plain.gather(1, batch[model.ITEM_ID].unsqueeze(1)).squeeze(1)
 
 
+def log_probability(scores: Tensor) -> Tensor:
+    """Log softmax over real items, -inf for the padding item. Args: scores [B, n_items]."""
+    scores = scores.float().index_fill(1, torch.zeros(1, dtype=torch.long, device=scores.device), float("-inf"))
+    return torch.log_softmax(scores, dim=1)
+
+
+def scores_of(model: SequentialRecommender) -> str:
+    """What the scores of a Knowledge by this model are."""
+    return model.scores_are if isinstance(model, Teacher) else Teacher.scores_are
+
+
 def item_table(model: SequentialRecommender) -> Tensor:
-    """A teacher's item vectors [n_items, d]: its own `item_embeddings`, or a RecBole model's item table."""
+    """A teacher's item vectors [n_items, d]: its own `item_embeddings`, or a RecBole model's item table; [n_items, 0] if it has none."""
     if isinstance(model, Teacher):
         return model.item_embeddings()
+    if not has_vectors(model):
+        return torch.zeros(model.n_items, 0)
     return model.item_embedding.weight.detach()[: model.n_items].clone()
+
+
+def has_vectors(model: SequentialRecommender) -> bool:
+    """Whether a model can give item vectors."""
+    weight = getattr(getattr(model, "item_embedding", None), "weight", None)
+    return isinstance(model, Teacher) or weight is not None and len(weight) >= model.n_items
+
+
+def refuse_without_vectors(model: SequentialRecommender) -> None:
+    """Refuse a teacher whose item vectors are wanted and that has none.
+
+    Raises:
+        ValueError: It has none; the message says what there is instead.
+    """
+    if not has_vectors(model):
+        raise ValueError(
+            f"teacher_embedding=auto: {type(model).__name__} has no item table whose rows could be item vectors; there is any text "
+            "encoder by name or folder, and distill_embedding=none. Set one of them, or another teacher."
+        )
 
 
 def sample_of_rows(n_rows: int, count: int, seed: int) -> Tensor:
@@ -90,7 +127,9 @@ def sample_of_rows(n_rows: int, count: int, seed: int) -> Tensor:
 def identity(config: Any, labelling: bool) -> dict[str, Any]:
     """The settings that make a teacher what it is, and with `labelling` those that shape its labels, too."""
     name = config["model"]
-    keys = set(read_yaml(PROPERTIES / "model" / f"{name}.yaml")) or set(read_yaml(recbole_yaml(name))) | OF_THE_LOG
+    keys = set(read_yaml(PROPERTIES / "model" / f"{name}.yaml")) or set(read_yaml(recbole_yaml(name)))
+    if "prompt_lead" not in keys:
+        keys |= OF_THE_LOG
     keys = (keys | {*training_arguments, "seed", "title_field"}) - NOT_IDENTITY
     if "teacher_history" not in keys:  # what has a history of its own does not depend on the student's rows
         keys.add("MAX_ITEM_LIST_LENGTH")
@@ -134,7 +173,7 @@ def ready(config: Any, train_data: Any, valid_data: Any, checkpoint: str | None 
                 f"teacher_checkpoint={checkpoint}: no such file. Set teacher_checkpoint to a .safetensors file of ours."
             )
         return _loaded(model, checkpoint)
-    folder = teacher_folder(config, data_digest(Log.from_dataset(dataset), dataset, config["title_field"]))
+    folder = teacher_folder(config, data_digest(Log.from_dataset(dataset), dataset, config))
     file = folder / "model.safetensors"
     trainer = trainer_class(config)(config, model)
     if is_ready(folder):

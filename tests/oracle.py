@@ -55,6 +55,7 @@ class Oracle(Teacher):
     """
 
     input_type = InputType.POINTWISE
+    scores_are = "distance"
 
     def __init__(self, config, dataset, tuned=0, dies_at=None):
         super().__init__(config, dataset)
@@ -103,7 +104,7 @@ def ask(parts: SimpleNamespace, folder: Path | str, teacher: Oracle | None = Non
     dataset = parts.train._dataset
     teacher = teacher or Oracle(parts.config, dataset)
     rows = rows_to_label(teacher, len(Log.from_dataset(dataset).rows()), options.pop("rows", 0), 2024)
-    chosen = {"history": 10, "shard_rows": 64, "provenance": {"teacher": "Oracle"}, "progress": False}
+    chosen = {"history": 10, "shard_rows": 64, "overlap": 10, "provenance": {"teacher": "Oracle"}, "progress": False}
     return Knowledge.build(teacher, dataset, rows, options.pop("k", 5), folder, chosen | options)
 
 

@@ -546,7 +546,7 @@ def test_a_teacher_that_was_tuned_on_every_row_is_refused(noise):
     knowledge = ask(parts, "kn", Oracle(parts.config, parts.train._dataset, tuned=10_000))
     with pytest.raises(
         ValueError,
-        match="teacher_trained_rows=drop: the teacher was trained on every row .* Set teacher_trained_rows=keep",
+        match="teacher_trained_rows=drop: the teacher was trained on every row .* there is teacher_folds=2 .* Set one of them",
     ):
         distilled(noise, knowledge, **NOISE, distill_ranking="softmax")
     distilled(noise, knowledge, **NOISE, distill_ranking="softmax", teacher_trained_rows="keep")

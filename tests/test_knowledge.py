@@ -403,7 +403,7 @@ def test_flags_of_the_teachers_rows_travel(ring):
     kept = ask(parts, "kn", teacher)
     assert torch.equal(kept.row[kept.trained], teacher.trained_on(540).nonzero()[:, 0])
     attached = attach(kept, parts.train._dataset, 5, 10)
-    attached.drop_trained(True)
+    attached.treat_trained("drop", Log.from_dataset(parts.train._dataset).items)
     assert attached.labelled == 490
     position = Log.from_dataset(parts.train._dataset).rows()
     assert torch.equal((attached.index[position] < 0), teacher.trained_on(540))

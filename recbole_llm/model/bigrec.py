@@ -57,6 +57,7 @@ class BIGRec(Teacher):
     """
 
     input_type = InputType.POINTWISE
+    scores_are = "distance"
 
     def __init__(self, config, dataset):
         super().__init__(config, dataset)

@@ -13,13 +13,12 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from recbole.data.interaction import Interaction
 from recbole.model.abstract_recommender import SequentialRecommender
 from recbole.utils import InputType, get_model
 from torch import Tensor, nn
 from torch.nn import functional
 
-from recbole_llm.causality import forward_arguments, sample_rows, undisturbed
+from recbole_llm.causality import fault_of_scores
 from recbole_llm.config import SUITED, check_topk, choice
 from recbole_llm.distillation import (
     candidate_confidence,
@@ -34,6 +33,7 @@ from recbole_llm.distillation import (
 )
 from recbole_llm.knowledge import Attached, attach, ensure, item_vectors
 from recbole_llm.losses import RECORDED, chunked_loss, rows_at_a_time
+from recbole_llm.sequences import Log
 from recbole_llm.tables import TaughtTable, UntiedTable
 from recbole_llm.trainer import SequenceTrainer
 
@@ -88,9 +88,13 @@ class Distillation:
         """Whether the teacher's item vectors are needed."""
         return self.embedding != "none"
 
+    def wants_vectors_of_teacher(self, config: Any) -> bool:
+        """Whether the item vectors are the teacher's own, not those of a text encoder that is named for them."""
+        return self.uses_vectors and config["teacher_embedding"] == "auto"
+
     def asks_teacher(self, config: Any) -> bool:
-        """Whether a Knowledge is needed: for rows, or for vectors that no text encoder of its own is named for."""
-        return self.uses_rows or (self.uses_vectors and config["teacher_embedding"] == "auto")
+        """Whether a Knowledge is needed: for rows, or for vectors."""
+        return self.uses_rows or self.wants_vectors_of_teacher(config)
 
 
 # The ranking term of a mode fits the base loss, also one that was set by hand.
@@ -197,21 +201,7 @@ def refuse_other_scores(student: SequentialRecommender) -> None:
     Raises:
         ValueError: The scores are something else (CORE's are cosines), or the student does not run; the message says which.
     """
-    sample = sample_rows(student).interaction
-    pad = student.max_seq_length - sample[student.ITEM_SEQ].shape[1]
-    batch = Interaction(sample | {student.ITEM_SEQ: functional.pad(sample[student.ITEM_SEQ], (0, max(0, pad)))})
-    try:
-        with undisturbed(student):
-            logits = student(**forward_arguments(student, batch)) @ student.item_embedding.weight.T
-            own = student.full_sort_predict(batch).view(len(batch), -1)
-            fault = (
-                None
-                if logits.shape == own.shape and torch.allclose(logits, own, rtol=1e-3, atol=1e-4)
-                else "they differ"
-            )
-    except Exception as error:  # whatever a model raises here, it cannot be trained on these losses
-        fault = f"{type(error).__name__}: {error}"
-    if fault:
+    if fault := fault_of_scores(student):
         raise ValueError(
             f"student={type(student).__name__}: its scores are not its state times its item table ({fault}). {SUITED}"
         )
@@ -234,6 +224,7 @@ class DLLM2RecTrainer(SequenceTrainer):
                 f"loss_over={self.item_loss.over}: distill_base=bce draws one negative of its own; there is distill_base=softmax. "
                 "Set one of them."
             )
+        choice(config, "teacher_trained_rows", ("drop", "drop_target", "keep"))
         refuse_other_scores(model.student)
 
     @property
@@ -248,7 +239,7 @@ class DLLM2RecTrainer(SequenceTrainer):
         if self.settings.uses_rows:
             knowledge = ensure(self.config, train_data, valid_data)
             self.attached = attach(knowledge, dataset, self.settings.topk, self.config["teacher_history"])
-            self.attached.drop_trained(self.config["teacher_trained_rows"] == "drop")
+            self.attached.treat_trained(self.config["teacher_trained_rows"], Log.from_dataset(dataset).items)
             self.attached.to(self.device)
             self._prepare_weights()
         if self.settings.uses_vectors:
@@ -262,11 +253,12 @@ class DLLM2RecTrainer(SequenceTrainer):
     def _prepare_weights(self):
         attached, settings = self.attached, self.settings
         used = attached.target_score[attached.index[attached.index >= 0]]
-        # distances are 0 at best; scores of another kind (logits of a RecBole model) count from the surest row
-        distance = used.max().clamp_min(0) - used
-        temperature = (
-            distance.median().clamp_min(1e-6).item() if settings.temperature == "auto" else float(settings.temperature)
-        )
+        if settings.temperature != "auto":
+            temperature = float(settings.temperature)
+        elif attached.scores_are == "log-probability":
+            temperature = 1.0  # exp(-d) then is the probability
+        else:
+            temperature = (used.max().clamp_min(0) - used).median().clamp_min(1e-6).item()
         self.temperature = temperature
         self.row_confidence = torch.zeros_like(attached.target_score)
         self.row_confidence[attached.index[attached.index >= 0]] = truth_confidence(used, temperature)

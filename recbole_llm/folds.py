@@ -1,0 +1,77 @@
+"""Cross-fitting: every training row is labelled by a teacher that was trained on other users only.
+
+A teacher with a vector per item is over-sure of the rows it was trained on. Users are dealt into folds; the teacher of a fold is
+trained on the rows of all other users, and labels the fold's own.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from recbole.data.dataloader import TrainDataLoader
+from torch import Tensor
+
+from recbole_llm.sequences import Log
+
+
+def folds_of(users: Sequence[str], folds: int, seed: int) -> Tensor:
+    """Which fold each user is in, equally many in each up to one; the order of the users means nothing [U].
+
+    Args:
+        users: Tokens of the users.
+        folds: How many folds.
+        seed: Key of the deal.
+    """
+    hashed = [hashlib.sha256(f"{seed}|{user}".encode()).digest() for user in users]
+    fold = torch.empty(len(users), dtype=torch.long)
+    fold[torch.tensor(sorted(range(len(users)), key=hashed.__getitem__), dtype=torch.long)] = (
+        torch.arange(len(users)) % folds
+    )
+    return fold
+
+
+def others(config: Any, train_data: Any, users: Tensor) -> TrainDataLoader:
+    """RecBole's training loader without the rows of some users.
+
+    Args:
+        config: The teacher's Config.
+        train_data: The loader of all rows.
+        users: Internal ids of the users that are left out [u].
+    """
+    dataset = train_data._dataset
+    kept = ~torch.isin(dataset.inter_feat[dataset.uid_field], users)
+    part = dataset.copy(dataset.inter_feat[kept.nonzero()[:, 0]])
+    return TrainDataLoader(config, part, train_data._sampler, shuffle=config["shuffle"])
+
+
+def rows_of(log: Log, users: Tensor) -> Tensor:
+    """Row numbers of some users, given by their places in the log [u] -> [m], ascending."""
+    return torch.isin(log.user_index(log.rows()), users).nonzero()[:, 0]
+
+
+def fault_of_folds(config: Any, teacher: Any, users: int) -> str | None:
+    """Why `teacher_folds` cannot be done; None if it can.
+
+    Args:
+        config: The student's Config.
+        teacher: The teacher's Config.
+        users: How many users have training rows.
+    """
+    folds = config["teacher_folds"]
+    if not isinstance(folds, int) or folds < 0 or folds == 1 or folds > users:
+        return (
+            f"teacher_folds={folds}: not possible; there is 0 (one teacher labels all rows) and 2 to {users} (the number of users). "
+            "Set teacher_folds in a config file or on the command line."
+        )
+    if folds and config["teacher_checkpoint"]:
+        return (
+            f"teacher_folds={folds}: a teacher that is trained already was trained on rows it would label; there is teacher_folds=0. "
+            "Set it, or leave teacher_checkpoint empty."
+        )
+    if folds and teacher["train_rows"]:
+        return (
+            f"teacher_folds={folds}: {config['teacher']} is tuned on a sample of {teacher['train_rows']} rows, and all others are clean "
+            "already; there is teacher_folds=0. Set it, or choose a teacher that is trained on every row."
+        )
+    return None

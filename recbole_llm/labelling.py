@@ -1,0 +1,137 @@
+"""How a teacher labels training rows: whole windows at once where it may, otherwise row by row; shard after shard.
+
+A causal teacher whose scores are its states times its item table says at every position of a window what it would say after that
+prefix, so one pass over the log labels all rows. Scores are log-probabilities over the catalogue, except for teachers that say
+something else (BIGRec: minus a distance).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from recbole.data.interaction import Interaction
+from torch import Tensor
+
+from recbole_llm.artifacts import DamagedArtifact, read_metadata, read_tensors, tensors_digest
+from recbole_llm.causality import fault_of_scores, is_causal, states
+from recbole_llm.losses import rows_at_a_time
+from recbole_llm.sequences import Fields, Log, WindowLoader, Windows, pack, windows
+from recbole_llm.teacher import Teacher, log_probability, rank
+
+ROWS_OF_A_SHARD = 1 << 14
+"""Least rows of a shard that is labelled by windows: they take about a second, and small shards would be thousands of files."""
+TARGETS_AT_ONCE = 1 << 12
+
+
+@dataclass
+class Labeller:
+    """A teacher at work on some rows of a log, cut into shards that are a function of rows and settings alone.
+
+    Args:
+        teacher: A trained sequential recommender.
+        log: The training log.
+        rows: Row numbers to label, ascending [M].
+        k: Candidates per row.
+        shard_rows: Rows of a shard, where they are labelled one by one.
+        overlap: Items of context of further windows, as in the teacher's training.
+    """
+
+    teacher: Any
+    log: Log
+    rows: Tensor
+    k: int
+    shard_rows: int
+    overlap: int
+
+    def __post_init__(self):
+        self.windows: Windows | None = None
+        if reads_windows(self.teacher):
+            length = self.teacher.max_seq_length
+            self.windows = windows(self.log, length, self.overlap if self.overlap < length else length // 2)
+        self._wanted = torch.zeros(len(self.log.items), dtype=torch.bool)
+        self._wanted[self.log.rows()[self.rows]] = True
+
+    def shards(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """What each shard is made of (windows, or rows), and its rows in their order."""
+        if self.windows is None:
+            for rows in self._rows_by_work().split(max(1, self.shard_rows)):
+                yield rows, rows
+            return
+        before = torch.cat([torch.zeros(1, dtype=torch.long), self._wanted.cumsum(0)])
+        count = before[self.windows.end + 1] - before[self.windows.first]
+        used = count.nonzero()[:, 0]
+        order = used[torch.sort((self.windows.end - self.windows.start)[used], stable=True).indices]
+        for chosen in pack(order, count, max(self.shard_rows, ROWS_OF_A_SHARD)):
+            positions = [
+                torch.arange(first, end + 1)
+                for first, end in zip(
+                    self.windows.first[chosen].tolist(), self.windows.end[chosen].tolist(), strict=True
+                )
+            ]
+            position = torch.cat(positions)
+            yield chosen, torch.searchsorted(self.log.rows(), position[self._wanted[position]])
+
+    def _rows_by_work(self) -> Tensor:
+        """Rows such that those of about equal work come together, ordered by work, then by number."""
+        if not isinstance(self.teacher, Teacher):
+            return self.rows
+        seen, _ = self.log.history(self.log.rows()[self.rows], self.teacher.history_length)
+        return self.rows[torch.sort(self.teacher.work(seen), stable=True).indices]
+
+    @torch.no_grad()
+    def label(self, chosen: Tensor, rows: Tensor) -> dict[str, Tensor]:
+        """Columns of one shard: `row [m]`, `items [m, K]` by internal id, `score [m, K]`, `target_score [m]`."""
+        if self.windows is None:
+            items, score, target_score = rank(self.teacher, self._batch(rows), self.k)
+        else:
+            items, score, target_score = self._label_windows(chosen)
+        parts = {"items": items.cpu(), "score": score.float().cpu(), "target_score": target_score.float().cpu()}
+        return {"row": rows.clone(), **parts}
+
+    def _batch(self, rows: Tensor) -> Interaction:
+        teacher, log = self.teacher, self.log
+        position = log.rows()[rows]
+        length = teacher.history_length if isinstance(teacher, Teacher) else teacher.max_seq_length
+        seen, lengths = log.history(position, length)
+        columns = {
+            teacher.USER_ID: log.users[log.user_index(position)],
+            teacher.ITEM_SEQ: seen,
+            teacher.ITEM_SEQ_LEN: lengths,
+            teacher.ITEM_ID: log.items[position],
+        }
+        return Interaction(columns).to(teacher.device)
+
+    def _label_windows(self, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        teacher = self.teacher.eval()
+        cut = Windows(*(column[chosen] for column in self.windows))
+        loader = WindowLoader(self.log, cut, Fields.of(teacher), TARGETS_AT_ONCE, shuffle=False)
+        table = teacher.item_embedding.weight
+        at_once = rows_at_a_time(0, len(table), table.device)
+        found = []
+        for batch in loader:
+            wanted = (batch["row_list"] >= 0) & self._wanted[batch["row_list"].clamp_min(0)]
+            batch = batch.to(teacher.device)
+            hidden = states(teacher, batch)[wanted.to(teacher.device)]
+            targets = batch["target_list"][wanted.to(teacher.device)]
+            for some, target in zip(hidden.split(at_once), targets.split(at_once), strict=True):
+                scores = log_probability(some @ table.T)
+                score, items = scores.topk(self.k, dim=1)
+                found.append((items, score, scores.gather(1, target.unsqueeze(1)).squeeze(1)))
+        return tuple(torch.cat(column) for column in zip(*found, strict=True))
+
+
+def reads_windows(teacher: Any) -> bool:
+    """Whether one pass over a window gives a teacher's scores at every position of it."""
+    return is_causal(teacher)[0] and fault_of_scores(teacher) is None
+
+
+def whole_shard(file: Path, rows: Tensor) -> dict[str, Tensor] | None:
+    """A shard that was written earlier, if it is byte for byte what was written and of these rows."""
+    try:
+        shard = read_tensors(file)
+        unchanged = read_metadata(file).get("digest") == tensors_digest(shard)
+    except (FileNotFoundError, DamagedArtifact):
+        return None
+    return shard if unchanged and torch.equal(shard["row"], rows) else None

@@ -1,0 +1,181 @@
+"""Cross-fitting: no row is labelled by a teacher that was trained on its user, and nothing depends on the order of files."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from recbole_llm import knowledge as knowledge_file
+from recbole_llm.folds import folds_of
+from recbole_llm.knowledge import attach, ensure
+from recbole_llm.quick_start import refuse_early
+from recbole_llm.sequences import Log
+from tests.oracle import Killed, Oracle, ask, distilled, prepared
+from tests.ring import shuffled
+
+SASREC = {
+    "teacher": "SASRec",
+    "teacher_epochs": 1,
+    "teacher_hidden_size": 16,
+    "teacher_inner_size": 16,
+    "teacher_n_layers": 1,
+}
+SASREC |= {"teacher_n_heads": 1, "teacher_rows": 0, "distill_ranking": "softmax"}
+
+
+class Learner(Oracle):
+    """An oracle that knows which users it was trained on."""
+
+    def __init__(self, config, dataset):
+        super().__init__(config, dataset)
+        log = Log.from_dataset(dataset)
+        self.users, self.asked = set(log.users.tolist()), set()
+
+    def full_sort_predict(self, interaction):
+        self.asked |= set(interaction[self.USER_ID].tolist())
+        return super().full_sort_predict(interaction)
+
+
+@pytest.fixture
+def learners(monkeypatch):
+    """Lets `ensure` ask learners for its labels; the value lists them, the one of all rows first."""
+    made = []
+
+    def ready(config, train_data, valid_data, checkpoint=None):
+        made.append(Learner(config, train_data._dataset))
+        return made[-1]
+
+    monkeypatch.setattr(knowledge_file, "ready", ready)
+    return made
+
+
+@pytest.mark.parametrize("folds", [2, 3])
+def test_no_row_is_labelled_by_a_teacher_that_was_trained_on_its_user(ring, learners, folds):
+    parts = prepared(ring, teacher_folds=folds, **SASREC)
+    known = ensure(parts.config, parts.train, parts.valid)
+    everyone, *of_folds = learners
+    assert len(of_folds) == folds and not everyone.asked
+    for learner in of_folds:
+        assert learner.asked and not learner.asked & learner.users
+        assert learner.asked | learner.users == everyone.users
+    assert set.union(*(learner.asked for learner in of_folds)) == everyone.users
+    assert len(known.row) == len(Log.from_dataset(parts.train._dataset).rows()) and not known.trained.any()
+    assert known.manifest["provenance"]["folds"] == folds
+    assert torch.equal(attach(known, parts.train._dataset, 5, 10).item_embedding, everyone.item_embeddings()), (
+        "item vectors are the one teacher's that saw all rows"
+    )
+
+
+def test_folds_are_equally_large_and_follow_from_tokens_and_key():
+    users = [f"u{number}" for number in range(11)]
+    fold = folds_of(users, 3, seed=1)
+    assert sorted(fold.bincount().tolist()) == [3, 4, 4]
+    other = folds_of(users[::-1], 3, seed=1)
+    assert torch.equal(other.flip(0), fold) and not torch.equal(folds_of(users, 3, seed=2), fold)
+
+
+def test_with_folds_a_model_of_recbole_teaches_end_to_end_and_the_order_of_files_means_nothing(ring, tmp_path):
+    known = []
+    for place, data in (("here", ring), ("there", shuffled(ring, tmp_path / "moved", ("item",)))):
+        parts = prepared(data, teacher_folds=2, checkpoint_dir=place, **SASREC)
+        known.append(ensure(parts.config, parts.train, parts.valid))
+    assert torch.equal(known[0].items, known[1].items) and torch.equal(known[0].score, known[1].score)
+    student = distilled(ring, known[0], **{"distill_ranking": "softmax", "epochs": 2})
+    assert student.trainer.attached.labelled == len(known[0].row) and student.trainer.temperature == 1.0
+    plain = prepared(ring, checkpoint_dir="here", **SASREC)
+    one = ensure(plain.config, plain.train, plain.valid)
+    assert one.trained.all() and not torch.equal(one.score, known[0].score)
+    assert torch.equal(one.item_embedding, known[0].item_embedding)
+
+
+def test_killed_between_folds_no_teacher_is_trained_twice(ring, monkeypatch):
+    ready, calls = knowledge_file.ready, []
+
+    def dies(*args):
+        if len(calls) == 2:
+            raise Killed
+        calls.append(args)
+        return ready(*args)
+
+    parts = prepared(ring, teacher_folds=2, **SASREC)
+    monkeypatch.setattr(knowledge_file, "ready", dies)
+    with pytest.raises(Killed):
+        ensure(parts.config, parts.train, parts.valid)
+    monkeypatch.setattr(knowledge_file, "ready", ready)
+    folder = Path(parts.config["checkpoint_dir"])
+    before = sorted(path.stat().st_mtime_ns for path in folder.rglob("done.json"))
+    assert len(before) == 2
+    ensure(parts.config, parts.train, parts.valid)
+    after = sorted(path.stat().st_mtime_ns for path in folder.rglob("done.json"))
+    assert len(after) == 3 and after[:2] == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"teacher_folds": 1}, "teacher_folds=1: not possible; there is 0 .* and 2 to 60"),
+        ({"teacher_folds": -2}, "teacher_folds=-2: not possible"),
+        ({"teacher_folds": 61}, "teacher_folds=61: not possible"),
+        (
+            {"teacher_folds": 2, "teacher_checkpoint": "x.safetensors"},
+            "teacher_folds=2: a teacher that is trained already",
+        ),
+        (
+            {"teacher_folds": 2, "teacher": "BIGRec"},
+            "teacher_folds=2: BIGRec is tuned on a sample of .* rows, and all others are clean already",
+        ),
+    ],
+)
+def test_folds_that_cannot_be_are_refused(ring, settings, message):
+    parts = prepared(ring, **({} if settings.get("teacher") else SASREC) | settings)
+    with pytest.raises(ValueError, match=message):
+        ensure(parts.config, parts.train, parts.valid)
+
+
+def taught(ring, how, tuned=600):
+    """What a student is left with of an oracle that was tuned on (all) its rows."""
+    parts = prepared(ring)
+    known = ask(parts, "kn", Oracle(parts.config, parts.train._dataset, tuned=tuned))
+    attached = attach(known, parts.train._dataset, 5, 10)
+    items = Log.from_dataset(parts.train._dataset).items
+    attached.treat_trained(how, items)
+    return attached, items
+
+
+def test_dropping_the_target_leaves_the_other_candidates_in_their_order(ring):
+    kept, items = taught(ring, "keep")
+    dropped, _ = taught(ring, "drop_target")
+    assert dropped.labelled == kept.labelled
+    for position in (kept.index >= 0).nonzero()[:, 0].tolist():
+        row = int(kept.index[position])
+        assert kept.items[row, 0] == items[position] and dropped.items[row, 0] == 0
+        assert torch.equal(kept.items[row, 1:], dropped.items[row, 1:])
+
+
+def test_only_rows_the_teacher_was_tuned_on_lose_their_target(ring):
+    dropped, _ = taught(ring, "drop_target", tuned=50)
+    assert int((dropped.items[:, 0] == 0).sum()) == 50
+
+
+def test_if_nothing_is_left_the_ways_out_are_named(ring):
+    with pytest.raises(
+        ValueError, match="teacher_trained_rows=drop: .* there is teacher_folds=2 .*drop_target or keep"
+    ):
+        taught(ring, "drop")
+
+
+def test_a_teacher_without_item_vectors_is_refused_where_they_are_wanted(ring):
+    parts = prepared(ring, teacher="FPMC", teacher_epochs=1, teacher_rows=0)
+    with pytest.raises(
+        ValueError, match="teacher_embedding=auto: FPMC has no item table whose rows could be item vectors"
+    ):
+        refuse_early(parts.config, parts)
+    refuse_early(prepared(ring, teacher="FPMC", distill_embedding="none", distill_ranking="softmax").config, parts)
+
+
+def test_an_unknown_treatment_is_refused(ring):
+    known = ask(prepared(ring), "kn")
+    with pytest.raises(
+        ValueError, match="teacher_trained_rows=forget: no such choice. There is drop, drop_target, keep"
+    ):
+        distilled(ring, known, distill_ranking="softmax", teacher_trained_rows="forget")
