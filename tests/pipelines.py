@@ -40,6 +40,9 @@ def ring_settings(data_path, model: str, tiny_lm=None, **more) -> dict:
     elif model == "LiteLLM4Rec":
         small = {key: SMALL[key] for key in OF_EVERY_MODEL}
         small |= {"llm": str(tiny_lm), "lite_llm_learning_rate": 0.001, "lite_warmup_steps": 0, "lite_dropout": 0.0}
+    elif model == "P5":
+        small |= {"p5_width": 32, "p5_inner": 64, "p5_heads": 2, "p5_layers": 1, "p5_digits": 1, "p5_beams": 10}
+        small |= {"p5_group": 5, "p5_clusters": 3}
     elif tiny_lm is not None:
         small |= {"teacher_llm": str(tiny_lm), "teacher_train_rows": 16, "teacher_valid_rows": 4, "teacher_rows": 24}
         small |= {
@@ -51,6 +54,7 @@ def ring_settings(data_path, model: str, tiny_lm=None, **more) -> dict:
     student = more.get("student", "SASRec") if model == "DLLM2Rec" else model
     transformer = {"n_layers", "n_heads", "inner_size", "hidden_size"}
     foreign = {"SASRec": {"embedding_size"}, "LightSANs": {"embedding_size"}}.get(student, transformer)
+    foreign = foreign | {"embedding_size"} if model == "P5" else foreign
     small = {key: value for key, value in small.items() if key not in foreign}
     return settings | small | more
 
