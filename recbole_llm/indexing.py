@@ -134,12 +134,12 @@ def spectral_labels(visits: csr_matrix, clusters: int, seed: int) -> np.ndarray:
         start = np.random.RandomState(seed).uniform(-1, 1, len(linked))
         operator = LinearOperator((len(linked), len(linked)), matvec=multiply, dtype=np.float64)
         try:
-            vectors = eigsh(operator, k=clusters, which="LA", v0=start, tol=1e-4)[1]
+            vectors = eigsh(operator, k=clusters, which="LA", v0=start, tol=0)[1]
         except ArpackNoConvergence as stopped:
             vectors = stopped.eigenvectors
         if vectors.shape[1]:
             vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(1e-12)
-            labels[linked] = KMeans(clusters, n_init=3, random_state=seed).fit_predict(vectors)
+            labels[linked] = KMeans(clusters, n_init=10, random_state=seed).fit_predict(vectors)
     if len(np.unique(labels)) == 1:
         labels = np.arange(len(labels)) * clusters // len(labels)
     return labels

@@ -39,7 +39,7 @@ def steps(config: Any, data: tuple) -> list[Step]:
     train_data, test_data = data.train, data.test
     rate = multiplications_per_second()
     targets = len(train_data._dataset)
-    if config["prompt_lead"]:
+    if config["prompt_lead"]:  # an LLM that is prompted; other models are trained whole
         count = _some(config["teacher_eval_rows"], len(test_data._dataset))
         return [*tuning(config, targets, rate), writing("Test the LLM", config["llm"], count, rate)]
     if not config["student"] or config["distill_mode"] == "off":

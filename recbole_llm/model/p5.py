@@ -101,7 +101,13 @@ class P5(Teacher):
         self.numbers, self.paths = numbers_in(order), None
         self.user_numbers = np.concatenate([[0], numbers_in(keyed_order(users[1:], seed)) + 1]) if users else []
         if config["p5_index"] != "random":
-            log = Log.from_dataset(dataset)
+            try:
+                log = Log.from_dataset(dataset)
+            except ValueError as error:
+                raise ValueError(
+                    f"p5_index={config['p5_index']}: needs the log of the training interactions, which these data do not give. Set "
+                    "p5_index=random."
+                ) from error
             if config["p5_index"] == "sequential":
                 walked = keyed_order([str(dataset.field2id_token[self.USER_ID][user]) for user in log.users], seed)
                 pieces = [log.items[log.offsets[user] : log.offsets[user + 1]] for user in walked]
