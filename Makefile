@@ -39,6 +39,7 @@ bench: $(READY) ## Speed and memory as ratios within one run; prints tables, wri
 	$(BIN)/python -m tests.bench.epoch
 	$(BIN)/python -m tests.bench.dataset
 	$(BIN)/python -m tests.bench.serving
+	$(BIN)/python -m tests.bench.beams
 
 bench-full: $(READY) ## Time to RecBole's quality, and quality after convergence; hours, resumable
 	$(BIN)/python -m tests.bench.time_to

@@ -68,8 +68,10 @@ class P5(Teacher):
         choice(config, "p5_index", INDEXES)
         choice(config, "llm_dtype", ("auto", "float32", "bfloat16"))
         self.exact = choice(config, "p5_score", ("beam", "exact")) == "exact"
-        self.history_items = at_most(config, "p5_history", self.max_seq_length, "MAX_ITEM_LIST_LENGTH")
-        self.beams = at_most(config, "p5_beams", self.n_items - 1, "the number of items")
+        self.history_items = at_most(
+            config, "p5_history", config["p5_history"], self.max_seq_length, "MAX_ITEM_LIST_LENGTH"
+        )
+        self.beams = at_most(config, "p5_beams", config["p5_beams"], self.n_items - 1, "the number of items")
         if not self.exact and self.beams < max(config["topk"]):
             raise ValueError(
                 f"p5_beams={self.beams}: fewer than topk={config['topk']} ranks; beyond the beams there is no ranking. Set p5_beams to "
@@ -157,8 +159,14 @@ class P5(Teacher):
 
         config = self.config
         if not config["llm"]:
-            sizes = (config[f"p5_{name}"] for name in ("layers", "width", "heads", "inner", "dropout"))
-            return t5.build(vocabulary, *sizes)
+            return t5.build(
+                vocabulary,
+                layers=config["p5_layers"],
+                width=config["p5_width"],
+                heads=config["p5_heads"],
+                inner=config["p5_inner"],
+                dropout=config["p5_dropout"],
+            )
         network = t5.load(config["llm"], config["llm_revision"], weights)[0]
         network.resize_token_embeddings(vocabulary)
         return network
@@ -395,13 +403,12 @@ def latest(histories: Tensor, most: int) -> tuple[Tensor, Tensor]:
     return items * (place > 0), place
 
 
-def at_most(config: Any, key: str, most: int, what: str) -> int:
+def at_most(config: Any, key: str, value: int, most: int, what: str) -> int:
     """The value of `key`; our own default shrinks to `most`, what the user set is refused.
 
     Raises:
         ValueError: The user's value is larger, or no positive number.
     """
-    value = config[key]
     if value < 1 or value > most and key in config.external_config_dict:
         raise ValueError(f"{key}={value}: {what} allows 1 to {most}. Set {key}, or leave it out to have it fitted.")
     return min(value, most)
