@@ -102,6 +102,10 @@ def training(config: Any, name: str, targets: int, n_items: int, rate: float) ->
     width, layers = size(config)
     epochs = min(config["epochs"], USUAL_EPOCHS)
     work = targets * epochs * 6 * ((config["lite_head_width"] or width) * n_items + layers * 12 * width * width)
+    if config["p5_history"]:  # its encoder reads a whole history, in about two pieces per item, for every target
+        weights = parameters(config["llm"]) if config["llm"] else 12 * config["p5_layers"] * config["p5_width"] ** 2
+        rows = min(targets, config["p5_train_rows"]) or targets
+        work = rows * epochs * 6 * 2 * config["p5_history"] * weights
     what = f"Train {name} on {targets} targets, about {epochs} epochs until early stopping"
     return Step(what, work / (rate * TRAIN_STUDENT))
 

@@ -24,6 +24,7 @@ from recbole_llm.indexing import (
 )
 from recbole_llm.knowledge import Knowledge
 from recbole_llm.model.p5 import latest
+from recbole_llm.plan import training
 from recbole_llm.quick_start import run_recbole_llm
 from recbole_llm.recommend import load_recommender
 from recbole_llm.teacher import item_table, rank
@@ -437,6 +438,15 @@ def test_a_student_learns_from_it(ring):
     knowledge = Knowledge.load(result["lines"][0].notes["knowledge"]["folder"])
     assert len(knowledge.row) == 40 and (knowledge.items > 0).all() and not knowledge.trained.any()
     assert knowledge.item_embedding.shape == (25, 16)
+
+
+def test_the_plan_counts_what_its_encoder_reads(ring):
+    config = Trained("P5", ring, None).config
+    once = training(config, "P5", 1000, 25, 1e9).seconds
+    config["p5_history"] *= 3
+    assert training(config, "P5", 1000, 25, 1e9).seconds == pytest.approx(3 * once)
+    config["p5_train_rows"] = 100
+    assert training(config, "P5", 1000, 25, 1e9).seconds == pytest.approx(0.3 * once)
 
 
 @pytest.mark.parametrize(
