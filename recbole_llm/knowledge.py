@@ -33,7 +33,7 @@ from recbole_llm.config import role_config, shared
 from recbole_llm.folds import fault_of_folds, folds_of, others, rows_of
 from recbole_llm.identity import Names, data_digest, fingerprint, titles_digest
 from recbole_llm.item_text import ItemText
-from recbole_llm.labelling import Labeller, whole_shard
+from recbole_llm.labelling import Labeller, reads_windows, whole_shard
 from recbole_llm.sequences import Log
 from recbole_llm.teacher import Teacher, identity, item_table, ready, scores_of, teacher_folder
 
@@ -287,6 +287,8 @@ class Request:
         }
         if config["teacher_folds"]:
             keys["folds"] = config["teacher_folds"]
+        if not teacher["prompt_lead"]:  # may be one that labels all rows unless fewer are asked for
+            keys["rows asked for"] = "teacher_rows" in config.external_config_dict
         folder = (
             Path(config["checkpoint_dir"]) / "knowledge" / f"{config['teacher']}-{config['dataset']}-{digest(keys)}"
         )
@@ -379,7 +381,9 @@ def _build(config: Any, request: Request, train_data: Any, valid_data: Any) -> K
             **(teacher.provenance() if hasattr(teacher, "provenance") else {}),
         },
     }
-    rows = rows_to_label(teacher, n_rows, config["teacher_rows"], config["teacher_seed"])
+    # the sample is for teachers that are asked row by row; one pass over the log labels all rows
+    spares = "teacher_rows" in config.external_config_dict or not reads_windows(teacher)
+    rows = rows_to_label(teacher, n_rows, config["teacher_rows"] if spares else 0, config["teacher_seed"])
     folds = _folds(config, request, train_data, valid_data, rows) if config["teacher_folds"] else ()
     return Knowledge.build(teacher, dataset, rows, config["distill_topk"], request.folder, options, folds)
 

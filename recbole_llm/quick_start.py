@@ -74,7 +74,9 @@ def run_recbole_llm(
         if config["student"] and config["distill_mode"] != "off":
             lines = distillation(config, data)
         else:
-            lines = [single(config, data, f"{config['student']} alone" if config["student"] else config["model"])]
+            lines = [
+                single(config, data, f"{config['student']} alone" if config["student"] else label(config["model"]))
+            ]
         return conclude(config, folder, lines, data.ties)
 
 
@@ -154,7 +156,7 @@ def teacher_line(config: Config, data: Data, known: knowledge.Knowledge) -> repo
         return line
     trained = teacher.ready(request.config, train_data, valid_data, request.checkpoint)
     trainer = trainer_class(request.config)(request.config, trained)
-    line = evaluated(trainer, test_data, f"{config['teacher']} (teacher)", load_best_model=False)
+    line = evaluated(trainer, test_data, f"{label(config['teacher'])} (teacher)", load_best_model=False)
     line.seconds |= {"train": teacher.seconds_of(request.teacher_folder), "label": known.manifest["seconds"]}
     line.notes["knowledge"] = {
         "tuned": request.config["train_rows"] or "all",
@@ -210,9 +212,15 @@ def evaluated(trainer: Any, test_data: Any, name: str, load_best_model: bool) ->
         name, {key: float(value) for key, value in metrics.items()}, trainer.ranks, trainer.evaluated_rows
     )
     line.seconds["test"] = perf_counter() - began
-    if hasattr(trainer, "legality"):
-        line.notes |= {"legality": trainer.legality, "weights": trainer.model.provenance()}
+    line.notes |= {"legality": trainer.legality} if hasattr(trainer, "legality") else {}
+    line.notes |= {"weights": trainer.model.provenance()} if hasattr(trainer.model, "provenance") else {}
+    line.notes |= {"choices": trainer.model.choices()} if hasattr(trainer.model, "choices") else {}
     return line
+
+
+def label(model: str) -> str:
+    """What tables call a model."""
+    return getattr(get_model(model), "label", None) or model
 
 
 def finished(folder: Path) -> report.Line | None:

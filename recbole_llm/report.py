@@ -140,7 +140,7 @@ def gain_sentence(ours: Line, theirs: Line, metric: str, k: int) -> str:
 
 
 def legality_sentences(line: Line) -> list[str]:
-    """What an LLM wrote on the test rows, and where its weights are from."""
+    """What an LLM wrote on the test rows."""
     said = line.notes.get("legality")
     if not said:
         return []
@@ -153,8 +153,17 @@ def legality_sentences(line: Line) -> list[str]:
         + f" on {without['rows']} rows.",
         f"{said['shared_titles']} items share their title with another one; in {said['twin_rows']} rows such an item is the target and "
         "counts as the first of its title.",
-        f"Weights: {line.notes['weights']['llm']}.",
     ]
+
+
+def model_sentences(line: Line) -> list[str]:
+    """How a model was made where its paper leaves it open, and where its weights are from."""
+    choices, weights = line.notes.get("choices"), line.notes.get("weights", {})
+    sentences = []
+    if choices:
+        sentences.append(f"{line.name}: " + ", ".join(f"{name}={value}" for name, value in choices.items()) + ".")
+    sources = sorted({str(source) for name, source in weights.items() if not name.endswith("digest")})
+    return [*sentences, *([f"Weights: {'; '.join(sources)}."] if sources else [])]
 
 
 def teaching_sentences(line: Line) -> list[str]:
@@ -194,7 +203,7 @@ def summary(
         if metric.lower() in SINGLE_TARGET and lines[-1].rows == lines[-2].rows:
             parts.append(gain_sentence(lines[-1], lines[-2], metric, int(k)))
     for line in lines:
-        parts += [*teaching_sentences(line), *legality_sentences(line)]
+        parts += [*teaching_sentences(line), *legality_sentences(line), *model_sentences(line)]
     return "\n".join([*parts, protocol] if protocol else parts)
 
 

@@ -61,14 +61,14 @@ class Sessions:
             kept = self.items[again, -half + 1 :] if half > 1 else self.items[again, :0]
             self.forget(again)
             if kept.shape[1]:
-                self._read(again, kept)
-        return self.model.scores(self._read(users, items.unsqueeze(1)))
+                self.read(again, kept)
+        return self.model.scores(self.read(users, items.unsqueeze(1)))
 
     def forget(self, users: Tensor) -> None:
         """Let some users begin anew [B]."""
         self.length[users], self.items[users], self.total[users.to(self.total.device)] = 0, 0, 0.0
 
-    def _read(self, users: Tensor, items: Tensor) -> Tensor:
+    def read(self, users: Tensor, items: Tensor) -> Tensor:
         """Read l items of each user [B, l] behind what was read; returns what the last state is looking for [B, d]."""
         model, width = self.model, items.shape[1]
         place = self.length[users, None] + torch.arange(width)

@@ -172,8 +172,10 @@ class TextTable(nn.Module):
         return weight
 
     def train(self, mode: bool = True):
-        """Like torch's; what was kept for evaluation is let go."""
-        self._current = self._served = None
+        """Like torch's; what was kept for evaluation is let go when training begins."""
+        self._current = None
+        if mode:
+            self._served = None
         return super().train(mode)
 
     def _load_from_state_dict(self, *args, **kwargs):

@@ -29,7 +29,7 @@ NOT_IDENTITY = {
 OF_THE_LOG = {
     "positions", "window_overlap", "loss_over", "loss_negatives", "loss_sampling", "loss_gbce_t", "seen_items",
 }  # fmt: skip
-LABELLING = ("generate_", "ground_")  # settings that change the labels, but not the training
+LABELLING = ("generate_", "ground_", "p5_beams", "p5_score")  # settings that change the labels, but not the training
 
 
 class Teacher(SequentialRecommender):
@@ -37,6 +37,8 @@ class Teacher(SequentialRecommender):
 
     scores_are = "log-probability"
     """What its scores are: log-probability (over the catalogue) | distance (minus one)."""
+    label: str | None = None
+    """What tables call it; None is the name of its class."""
 
     @property
     def history_length(self) -> int:

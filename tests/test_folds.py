@@ -7,7 +7,7 @@ import torch
 
 from recbole_llm import knowledge as knowledge_file
 from recbole_llm.folds import folds_of
-from recbole_llm.knowledge import attach, ensure
+from recbole_llm.knowledge import Request, attach, ensure
 from recbole_llm.quick_start import refuse_early
 from recbole_llm.sequences import Log
 from tests.oracle import Killed, Oracle, ask, distilled, prepared
@@ -20,7 +20,7 @@ SASREC = {
     "teacher_inner_size": 16,
     "teacher_n_layers": 1,
 }
-SASREC |= {"teacher_n_heads": 1, "teacher_rows": 0, "distill_ranking": "softmax"}
+SASREC |= {"teacher_n_heads": 1, "distill_ranking": "softmax"}
 
 
 class Learner(Oracle):
@@ -86,6 +86,18 @@ def test_with_folds_a_model_of_recbole_teaches_end_to_end_and_the_order_of_files
     one = ensure(plain.config, plain.train, plain.valid)
     assert one.trained.all() and not torch.equal(one.score, known[0].score)
     assert torch.equal(one.item_embedding, known[0].item_embedding)
+
+
+def test_a_teacher_that_reads_windows_labels_every_row_unless_fewer_are_asked_for(ring):
+    everything = prepared(ring, **SASREC)
+    assert len(ensure(everything.config, everything.train, everything.valid).row) == 540
+    asked = prepared(ring, **SASREC, teacher_rows=4096)
+    assert (
+        Request.of(asked.config, asked.train._dataset).folder
+        != Request.of(everything.config, asked.train._dataset).folder
+    )
+    few = prepared(ring, **SASREC, teacher_rows=30)
+    assert len(ensure(few.config, few.train, few.valid).row) == 30
 
 
 def test_killed_between_folds_no_teacher_is_trained_twice(ring, monkeypatch):
@@ -165,7 +177,7 @@ def test_if_nothing_is_left_the_ways_out_are_named(ring):
 
 
 def test_a_teacher_without_item_vectors_is_refused_where_they_are_wanted(ring):
-    parts = prepared(ring, teacher="FPMC", teacher_epochs=1, teacher_rows=0)
+    parts = prepared(ring, teacher="FPMC", teacher_epochs=1)
     with pytest.raises(
         ValueError, match="teacher_embedding=auto: FPMC has no item table whose rows could be item vectors"
     ):

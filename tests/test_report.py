@@ -19,6 +19,7 @@ from recbole_llm.report import (
     half_width,
     legality_sentences,
     main_table,
+    model_sentences,
     paired_gain,
     protocol_sentence,
     row_metric,
@@ -233,7 +234,15 @@ def test_what_an_llm_wrote_stands_under_the_table():
         "on 38 rows",
     ):
         assert part in text
-    assert "some/model from a folder" in text and legality_sentences(line()) == []
+    assert legality_sentences(line()) == [] and model_sentences(line()) == []
+    assert model_sentences(teacher) == ["Weights: some/model from a folder."]
+
+
+def test_how_an_open_point_was_chosen_stands_under_the_table():
+    weights = {"llm": "a wheel", "lite_rec_llm": "a wheel", "llm_digest": "ab12"}
+    made = line("Lite", notes={"choices": {"head": "tied", "rec_pool": "last"}, "weights": weights})
+    assert model_sentences(made) == ["Lite: head=tied, rec_pool=last.", "Weights: a wheel."]
+    assert "Lite: head=tied, rec_pool=last." in summary([made], ["Recall"], [10], "NDCG@10")
 
 
 def test_a_line_comes_back_from_its_folder_marked_as_cached(tmp_path):

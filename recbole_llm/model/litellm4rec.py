@@ -33,6 +33,10 @@ CHOICES = {
     "lite_head": ("tied", "tied+bias", "free"),
 }
 
+OPEN = (
+    "lite_item_template", "lite_rec_llm", "lite_share_backbones", "lite_rec_layers", "lite_head_width", "lite_use_id_embedding",
+)  # fmt: skip
+
 
 class LiteLLM4Rec(Teacher):
     """Two levels of LLM and a head, as a RecBole sequential model; its scores are log-probabilities over the catalogue.
@@ -47,6 +51,7 @@ class LiteLLM4Rec(Teacher):
     """
 
     input_type = InputType.POINTWISE
+    label = "Lite-LLM4Rec (re-implementation)"
 
     def __init__(self, config, dataset):
         super().__init__(config, dataset)
@@ -240,6 +245,17 @@ class LiteLLM4Rec(Teacher):
         self.n_items += len(texts)
         if self.texts is not None:
             self.texts = [*self.texts, *texts]
+
+    def choices(self) -> dict[str, Any]:
+        """How every point was chosen that the paper's abstract leaves open, to be said beside results."""
+        names = [key.removeprefix("lite_") for key in (*CHOICES, *OPEN)]
+        chosen = {name: self.config[f"lite_{name}"] for name in names}
+        return {
+            "backbone": self.config["llm"],
+            **chosen,
+            "positions": self.config["positions"],
+            "seen_items": self.config["seen_items"],
+        }
 
     def provenance(self) -> dict[str, Any]:
         """Where the weights come from, for tables and manifests."""
