@@ -6,6 +6,7 @@ target in the log; a padded list, `ListColumn`, is a tensor without storage that
 splits and batches are RecBole's, value for value.
 """
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -61,6 +62,12 @@ class FlatLog:
 
     def __deepcopy__(self, memo: dict) -> "FlatLog":
         return self  # never written to, so that copies of rows may share it
+
+    def cut_to(self, width: int) -> "FlatLog":
+        """The same log, whose rows read at most `width` items."""
+        other = copy.copy(self)
+        other.width = width
+        return other
 
     def column(self, field: str) -> Tensor:
         """A field of all interactions `[N, ...]`."""
@@ -287,6 +294,16 @@ class FlatSequentialDataset(SequentialDataset):
         length = self.inter_feat[self.item_list_length_field][pointers]
         number, place = (torch.arange(history.shape[1]) < length[:, None]).nonzero(as_tuple=True)
         return number, history[number, place]
+
+    def cut_to(self, width: int) -> "FlatSequentialDataset":
+        """The same rows with histories of at most `width` items, shorter or longer than here; there must be a log."""
+        rows, log = self.inter_feat, self.flat_log.cut_to(width)
+        columns = {
+            field: ListColumn(log, values.field, rows.pointer) if isinstance(values, ListColumn) else values
+            for field, values in rows.interaction.items()
+        }
+        columns[self.item_list_length_field] = log.length(rows.pointer)
+        return self.copy(Rows(log, rows.pointer, columns))
 
     def _load_feat(self, filepath, source):
         with parse_in_c():

@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from recbole.data.dataloader import TrainDataLoader
-from torch import Tensor
+from torch import Tensor, nn
 
 from recbole_llm.sequences import Log
 
@@ -31,18 +30,33 @@ def folds_of(users: Sequence[str], folds: int, seed: int) -> Tensor:
     return fold
 
 
-def others(config: Any, train_data: Any, users: Tensor) -> TrainDataLoader:
-    """RecBole's training loader without the rows of some users.
+def others(dataset: Any, users: Tensor) -> Any:
+    """A training split without the rows of some users.
 
     Args:
-        config: The teacher's Config.
-        train_data: The loader of all rows.
+        dataset: The split of all rows.
         users: Internal ids of the users that are left out [u].
     """
-    dataset = train_data._dataset
     kept = ~torch.isin(dataset.inter_feat[dataset.uid_field], users)
-    part = dataset.copy(dataset.inter_feat[kept.nonzero()[:, 0]])
-    return TrainDataLoader(config, part, train_data._sampler, shuffle=config["shuffle"])
+    return dataset.copy(dataset.inter_feat[kept.nonzero()[:, 0]])
+
+
+def refuse_user_tables(model: nn.Module, users: int) -> None:
+    """Refuse a teacher of folds that learns a vector per user: for the users it is to label it would have none.
+
+    Args:
+        model: The teacher.
+        users: Users of the data, padding included.
+
+    Raises:
+        ValueError: It has such a table.
+    """
+    for name, table in model.named_modules():
+        if isinstance(table, nn.Embedding) and table.num_embeddings == users and "item" not in name:
+            raise ValueError(
+                f"teacher_folds: {type(model).__name__} learns a vector of every user ({name}), and a fold's users are not among those "
+                "its teacher is trained on; there is teacher_folds=0. Set it, or choose a teacher that knows users by their histories."
+            )
 
 
 def rows_of(log: Log, users: Tensor) -> Tensor:

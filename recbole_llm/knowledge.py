@@ -30,12 +30,22 @@ from recbole_llm.artifacts import (
 )
 from recbole_llm.checkpoint import random_state, set_random_state
 from recbole_llm.config import role_config, shared
-from recbole_llm.folds import fault_of_folds, folds_of, others, rows_of
+from recbole_llm.folds import fault_of_folds, folds_of, others, refuse_user_tables, rows_of
 from recbole_llm.identity import Names, data_digest, fingerprint, titles_digest
 from recbole_llm.item_text import ItemText
 from recbole_llm.labelling import Labeller, reads_windows, whole_shard
 from recbole_llm.sequences import Log
-from recbole_llm.teacher import Teacher, identity, item_table, ready, scores_of, teacher_folder
+from recbole_llm.teacher import (
+    NOTHING_LEFT,
+    Teacher,
+    folder_of,
+    identity,
+    item_table,
+    ready,
+    scores_of,
+    seconds_of,
+    teacher_folder,
+)
 
 FORMAT = 1
 
@@ -204,11 +214,7 @@ class Attached:
         elif how == "drop":
             self.index = self.index.masked_fill(memorised, -1)
             if used.any() and not (self.index >= 0).any():
-                raise ValueError(
-                    "teacher_trained_rows=drop: the teacher was trained on every row it labelled, so no row is left for the ranking "
-                    "term; there is teacher_folds=2 (teachers that were not), teacher_trained_rows=drop_target or keep, and "
-                    "distill_ranking=none to use its item vectors only. Set one of them."
-                )
+                raise ValueError(NOTHING_LEFT)
 
     def to(self, device: Any) -> None:
         """Move every table to a device."""
@@ -365,8 +371,15 @@ def ensure(config: Any, train_data: Any, valid_data: Any) -> Knowledge:
 
 def _build(config: Any, request: Request, train_data: Any, valid_data: Any) -> Knowledge:
     dataset = train_data._dataset
-    teacher = ready(request.config, train_data, valid_data, request.checkpoint)
+    teacher = ready(request.config, dataset, valid_data, request.checkpoint)
     n_rows = len(Log.from_dataset(dataset).rows())
+    # the sample is for teachers that are asked row by row; one pass over the log labels all rows
+    spares = "teacher_rows" in config.external_config_dict or not reads_windows(teacher)
+    rows = rows_to_label(teacher, n_rows, config["teacher_rows"] if spares else 0, config["teacher_seed"])
+    folds, made = (), []
+    if config["teacher_folds"]:
+        refuse_user_tables(teacher, dataset.user_num)
+        folds, made = _folds(config, request, dataset, valid_data, rows)
     options = {
         "history": config["teacher_history"],
         "shard_rows": config["teacher_shard_rows"],
@@ -377,31 +390,29 @@ def _build(config: Any, request: Request, train_data: Any, valid_data: Any) -> K
             "checkpoint": str(request.checkpoint or request.teacher_folder),
             "checkpoint_digest": _checkpoint_digest(request.checkpoint or request.teacher_folder / "model.safetensors"),
             "settings": identity(request.config, labelling=True),
-            "folds": config["teacher_folds"] or 0,
+            "folds": made,
             **(teacher.provenance() if hasattr(teacher, "provenance") else {}),
         },
     }
-    # the sample is for teachers that are asked row by row; one pass over the log labels all rows
-    spares = "teacher_rows" in config.external_config_dict or not reads_windows(teacher)
-    rows = rows_to_label(teacher, n_rows, config["teacher_rows"] if spares else 0, config["teacher_seed"])
-    folds = _folds(config, request, train_data, valid_data, rows) if config["teacher_folds"] else ()
     return Knowledge.build(teacher, dataset, rows, config["distill_topk"], request.folder, options, folds)
 
 
-def _folds(config: Any, request: Request, train_data: Any, valid_data: Any, rows: Tensor) -> list[tuple[Any, Tensor]]:
-    """A teacher for each fold of users, trained on all others, and the fold's rows among those to label."""
-    dataset = train_data._dataset
+def _folds(config: Any, request: Request, dataset: Any, valid_data: Any, rows: Tensor) -> tuple[list, list]:
+    """For each fold of users a teacher that was trained on all others, with the fold's rows among those to label; and where they are."""
     log, count = Log.from_dataset(dataset), config["teacher_folds"]
     fold = folds_of(Names.of(dataset, log).users, count, config["teacher_seed"])
-    made = []
+    folds, made = [], []
     for number in range(count):
         own = (fold == number).nonzero()[:, 0]
         logging.getLogger().info(
             f"Fold {number + 1} of {count}: a teacher that does not see {len(own)} of {len(fold)} users."
         )
-        teacher = ready(request.config, others(request.config, train_data, log.users[own]), valid_data)
-        made.append((teacher, rows[torch.isin(rows, rows_of(log, own))]))
-    return made
+        part = others(dataset, log.users[own])
+        folds.append((ready(request.config, part, valid_data), rows[torch.isin(rows, rows_of(log, own))]))
+        folder = folder_of(request.config, part)
+        digest_of = _checkpoint_digest(folder / "model.safetensors")
+        made.append({"checkpoint": str(folder), "checkpoint_digest": digest_of, "seconds": seconds_of(folder)})
+    return folds, made
 
 
 def rows_to_label(teacher: Any, n_rows: int, count: int, seed: int) -> Tensor:

@@ -22,6 +22,8 @@ from recbole_llm.teacher import Teacher, log_probability, rank
 
 ROWS_OF_A_SHARD = 1 << 14
 """Least rows of a shard that is labelled by windows: they take about a second, and small shards would be thousands of files."""
+ROWS_OF_A_CHEAP_SHARD = 1 << 10
+"""Least rows of a shard of RecBole's own models, which are asked row by row but answer fast."""
 TARGETS_AT_ONCE = 1 << 12
 
 
@@ -56,7 +58,8 @@ class Labeller:
     def shards(self) -> Iterator[tuple[Tensor, Tensor]]:
         """What each shard is made of (windows, or rows), and its rows in their order."""
         if self.windows is None:
-            for rows in self._rows_by_work().split(max(1, self.shard_rows)):
+            size = self.shard_rows if isinstance(self.teacher, Teacher) else max(self.shard_rows, ROWS_OF_A_CHEAP_SHARD)
+            for rows in self._rows_by_work().split(max(1, size)):
                 yield rows, rows
             return
         before = torch.cat([torch.zeros(1, dtype=torch.long), self._wanted.cumsum(0)])

@@ -13,12 +13,13 @@ from recbole.data import data_preparation
 from recbole.utils import get_model, init_logger, init_seed
 from recbole.utils.logger import RemoveColorFilter
 
-from recbole_llm import knowledge, plan, report, teacher
+from recbole_llm import folds, knowledge, plan, report, teacher
 from recbole_llm.artifacts import DamagedArtifact, digest, file_digest
 from recbole_llm.checkpoint import settings_of
 from recbole_llm.config import Config, check_topk, role_config
 from recbole_llm.dataset import create_dataset
 from recbole_llm.item_text import check_quotes
+from recbole_llm.loaders import eval_loader
 from recbole_llm.model.dllm2rec import Distillation
 from recbole_llm.trainer import SequenceTrainer, trainer_class
 
@@ -123,11 +124,22 @@ def refuse_early(config: Config, data: Data) -> None:
                 f"model={each['model']}: it has a trainer of its own, or is no sequential model; this runner trains RecBole's sequential "
                 "models and ours. Run it with RecBole's run_recbole, which `import recbole_llm` leaves as it is."
             )
-        if each is not config and Distillation.from_config(config).wants_vectors_of_teacher(config):
-            teacher.refuse_without_vectors(model)
+        if each is not config:
+            refuse_teacher(config, model, data)
         trainer = trainer_class(each)(each, model)
         for part in (data.valid, data.test):
             trainer.refuse_early(part)
+
+
+def refuse_teacher(config: Config, model: Any, data: Data) -> None:
+    """Refuse a teacher that cannot give what the student's settings want of it. Raises: ValueError."""
+    wanted = Distillation.from_config(config)
+    if wanted.wants_vectors_of_teacher(config):
+        teacher.refuse_without_vectors(model)
+    if config["teacher_folds"]:
+        folds.refuse_user_tables(model, data.train._dataset.user_num)
+    elif wanted.uses_rows and config["teacher_trained_rows"] == "drop":
+        teacher.refuse_memorised(model, len(data.train._dataset))
 
 
 def distillation(config: Config, data: Data) -> list[report.Line]:
@@ -154,12 +166,18 @@ def teacher_line(config: Config, data: Data, known: knowledge.Knowledge) -> repo
     folder = teacher_line_folder(config, request)
     if config["resume"] and (line := finished(folder)):
         return line
-    trained = teacher.ready(request.config, train_data, valid_data, request.checkpoint)
+    trained = teacher.ready(request.config, train_data._dataset, valid_data, request.checkpoint)
     trainer = trainer_class(request.config)(request.config, trained)
-    line = evaluated(trainer, test_data, f"{label(config['teacher'])} (teacher)", load_best_model=False)
-    line.seconds |= {"train": teacher.seconds_of(request.teacher_folder), "label": known.manifest["seconds"]}
+    line = evaluated(
+        trainer, eval_loader(request.config, test_data), f"{label(config['teacher'])} (teacher)", load_best_model=False
+    )
+    made = known.manifest["provenance"].get("folds", [])
+    seconds = [teacher.seconds_of(request.teacher_folder), *(fold["seconds"] for fold in made)]
+    train = None if None in seconds else sum(seconds)
+    line.seconds |= {"train": train, "label": known.manifest["seconds"]}
     line.notes["knowledge"] = {
-        "tuned": request.config["train_rows"] or "all",
+        "tuned": request.config["train_rows"] or request.config["p5_train_rows"] or "all",
+        "folds": len(made),
         "labelled": known.manifest["rows"],
         "training_rows": len(train_data._dataset),
         "folder": str(request.folder),

@@ -171,9 +171,13 @@ def teaching_sentences(line: Line) -> list[str]:
     facts = line.notes.get("knowledge")
     if not facts:
         return []
+    drawn = "" if facts["tuned"] == "all" else ", all drawn with its own seed"
+    folds = ""
+    if facts.get("folds"):
+        folds = f"The labels are those of {facts['folds']} further teachers, each trained without the users whose rows it labels. "
     return [
-        f"{line.name} was tuned on {facts['tuned']} and labelled {facts['labelled']} of {facts['training_rows']} training rows, and was "
-        f"tested on {len(line.ranks)} test rows, all drawn with its own seed. Knowledge: {facts['folder']}"
+        f"{line.name} was trained on {facts['tuned']} and labelled {facts['labelled']} of {facts['training_rows']} training rows, and was "
+        f"tested on {len(line.ranks)} test rows{drawn}. {folds}Knowledge: {facts['folder']}"
     ]
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from recbole_llm.artifacts import DamagedArtifact, digest, file_digest, read_json, write_json
 from recbole_llm.config import read_yaml, recbole_yaml
 from recbole_llm.identity import data_digest
+from recbole_llm.loaders import eval_loader, train_loader
 from recbole_llm.model import PROPERTIES
 from recbole_llm.prompts import PREAMBLE, Words, answer, prompt
 from recbole_llm.sequences import Log
@@ -119,6 +120,23 @@ def refuse_without_vectors(model: SequentialRecommender) -> None:
         )
 
 
+def refuse_memorised(model: SequentialRecommender, n_rows: int) -> None:
+    """Refuse a teacher all of whose labels would be dropped as memorised, before it is trained.
+
+    Raises:
+        ValueError: It is trained on every row.
+    """
+    if not isinstance(model, Teacher) or bool(model.trained_on(n_rows).all()):
+        raise ValueError(NOTHING_LEFT)
+
+
+NOTHING_LEFT = (
+    "teacher_trained_rows=drop: the teacher was trained on every row it labelled, so no row is left for the ranking term; there is "
+    "teacher_folds=2 (teachers that were not), teacher_trained_rows=drop_target or keep, and distill_ranking=none to use its item "
+    "vectors only. Set one of them."
+)
+
+
 def sample_of_rows(n_rows: int, count: int, seed: int) -> Tensor:
     """A seeded sample of rows without repetition, ascending; all of them if `count` is 0 or too large. Returns [count]."""
     if not 0 < count < n_rows:
@@ -154,19 +172,21 @@ def teacher_folder(config: Any, data: str) -> Path:
     return Path(config["checkpoint_dir"]) / "teachers" / f"{config['model']}-{config['dataset']}-{key}"
 
 
-def ready(config: Any, train_data: Any, valid_data: Any, checkpoint: str | None = None) -> SequentialRecommender:
+def ready(config: Any, dataset: Any, valid_data: Any, checkpoint: str | None = None) -> SequentialRecommender:
     """The trained teacher: from `checkpoint`, from its own folder, or trained now (and resumed, if it was stopped).
 
     Args:
         config: The teacher's own Config.
-        train_data: RecBole's training loader.
+        dataset: RecBole's training split, which the teacher reads by loaders of its own.
         valid_data: RecBole's validation loader.
         checkpoint: File of a teacher trained elsewhere.
 
     Raises:
         ValueError: `checkpoint` names no file or another model.
     """
-    dataset = train_data._dataset
+    # before the model, to which RecBole's loaders tell names of columns by way of the Config (BERT4Rec's mask)
+    valid = valid_data and eval_loader(config, valid_data)
+    train = train_loader(config, dataset, valid and valid._dataset)
     init_seed(config["seed"], config["reproducibility"])
     model = get_model(config["model"])(config, dataset).to(config["device"])
     if checkpoint:
@@ -175,7 +195,7 @@ def ready(config: Any, train_data: Any, valid_data: Any, checkpoint: str | None 
                 f"teacher_checkpoint={checkpoint}: no such file. Set teacher_checkpoint to a .safetensors file of ours."
             )
         return _loaded(model, checkpoint)
-    folder = teacher_folder(config, data_digest(Log.from_dataset(dataset), dataset, config))
+    folder = folder_of(config, dataset)
     file = folder / "model.safetensors"
     trainer = trainer_class(config)(config, model)
     if is_ready(folder):
@@ -183,10 +203,15 @@ def ready(config: Any, train_data: Any, valid_data: Any, checkpoint: str | None 
         return _loaded(model, file)
     trainer.keep_in(folder)
     began = perf_counter()
-    trainer.fit(train_data, valid_data, saved=True, show_progress=config["show_progress"])
+    trainer.fit(train, valid, saved=True, show_progress=config["show_progress"])
     loaded = _loaded(model, file)
     write_json(folder / "done.json", {"checkpoint": file_digest(file), "seconds": perf_counter() - began})
     return loaded
+
+
+def folder_of(config: Any, dataset: Any) -> Path:
+    """Where the teacher with these settings on this training split is kept."""
+    return teacher_folder(config, data_digest(Log.from_dataset(dataset), dataset, config))
 
 
 def is_ready(folder: Path) -> bool:

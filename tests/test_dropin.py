@@ -1,6 +1,7 @@
 """RecBole's own pipelines with one more line, `import recbole_llm`."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -11,10 +12,11 @@ import torch
 from recbole.quick_start import load_data_and_model, run_recbole
 from recbole.utils.case_study import full_sort_topk
 
+from tests.conftest import ROOT
 from tests.pipelines import ring_settings, step_by_step
 
 
-@pytest.mark.parametrize("model", ["DLLM2Rec", "BIGRec", "P5"])
+@pytest.mark.parametrize("model", ["DLLM2Rec", "BIGRec", "P5", "LiteLLM4Rec"])
 def test_run_recbole_finds_and_runs_our_models(model, ring, tiny_lm):
     result = run_recbole(model=model, dataset="ring", config_dict=ring_settings(ring, model, tiny_lm))
     assert set(result["test_result"]) == {"recall@1", "recall@10", "ndcg@1", "ndcg@10", "mrr@1", "mrr@10"}
@@ -125,3 +127,22 @@ def test_importing_loads_no_llm_library():
     code = "import sys, recbole_llm; print([m for m in ('transformers', 'peft', 'faiss', 'ray') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def test_a_run_whose_parts_are_all_there_loads_no_llm_library(ring, tiny_lm):
+    """The rule that a teacher is a file: with Knowledge and lines on disk, the command that made them touches no LLM."""
+    settings = ring_settings(ring, "DLLM2Rec", tiny_lm, epochs=1)
+    code = (
+        "import json, sys; from recbole_llm import run_recbole_llm; "
+        "run_recbole_llm('DLLM2Rec', 'ring', config_dict=json.loads(sys.argv[1])); "
+        "print('loaded', [name for name in ('transformers', 'peft', 'faiss', 'tokenizers') if name in sys.modules])"
+    )
+    outs = []
+    for _ in range(2):
+        command = [sys.executable, "-c", code, json.dumps(settings)]
+        outs.append(
+            subprocess.run(
+                command, capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
+            )
+        )
+    assert "'transformers'" in outs[0].stdout and outs[1].stdout.strip().endswith("loaded []")

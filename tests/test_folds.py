@@ -10,6 +10,7 @@ from recbole_llm.folds import folds_of
 from recbole_llm.knowledge import Request, attach, ensure
 from recbole_llm.quick_start import refuse_early
 from recbole_llm.sequences import Log
+from recbole_llm.trainer import SequenceTrainer
 from tests.oracle import Killed, Oracle, ask, distilled, prepared
 from tests.ring import shuffled
 
@@ -41,8 +42,8 @@ def learners(monkeypatch):
     """Lets `ensure` ask learners for its labels; the value lists them, the one of all rows first."""
     made = []
 
-    def ready(config, train_data, valid_data, checkpoint=None):
-        made.append(Learner(config, train_data._dataset))
+    def ready(config, dataset, valid_data, checkpoint=None):
+        made.append(Learner(config, dataset))
         return made[-1]
 
     monkeypatch.setattr(knowledge_file, "ready", ready)
@@ -60,7 +61,7 @@ def test_no_row_is_labelled_by_a_teacher_that_was_trained_on_its_user(ring, lear
         assert learner.asked | learner.users == everyone.users
     assert set.union(*(learner.asked for learner in of_folds)) == everyone.users
     assert len(known.row) == len(Log.from_dataset(parts.train._dataset).rows()) and not known.trained.any()
-    assert known.manifest["provenance"]["folds"] == folds
+    assert len(known.manifest["provenance"]["folds"]) == folds
     assert torch.equal(attach(known, parts.train._dataset, 5, 10).item_embedding, everyone.item_embeddings()), (
         "item vectors are the one teacher's that saw all rows"
     )
@@ -141,7 +142,7 @@ def test_killed_between_folds_no_teacher_is_trained_twice(ring, monkeypatch):
 def test_folds_that_cannot_be_are_refused(ring, settings, message):
     parts = prepared(ring, **({} if settings.get("teacher") else SASREC) | settings)
     with pytest.raises(ValueError, match=message):
-        ensure(parts.config, parts.train, parts.valid)
+        refuse_early(parts.config, parts)
 
 
 def taught(ring, how, tuned=600):
@@ -182,7 +183,61 @@ def test_a_teacher_without_item_vectors_is_refused_where_they_are_wanted(ring):
         ValueError, match="teacher_embedding=auto: FPMC has no item table whose rows could be item vectors"
     ):
         refuse_early(parts.config, parts)
-    refuse_early(prepared(ring, teacher="FPMC", distill_embedding="none", distill_ranking="softmax").config, parts)
+    refuse_early(
+        prepared(
+            ring, teacher="FPMC", distill_embedding="none", distill_ranking="softmax", teacher_trained_rows="keep"
+        ).config,
+        parts,
+    )
+
+
+def test_that_nothing_will_be_left_is_said_before_the_teacher_is_trained(ring):
+    parts = prepared(ring, **SASREC)
+    with pytest.raises(ValueError, match="teacher_trained_rows=drop: the teacher was trained on every row"):
+        refuse_early(parts.config, parts)
+    refuse_early(prepared(ring, **SASREC, teacher_folds=2).config, parts)
+    refuse_early(prepared(ring, **SASREC | {"distill_ranking": "none"}).config, parts)
+
+
+@pytest.mark.parametrize("name", ["NARM", "FPMC", "BERT4Rec", "GRU4Rec"])
+def test_a_teacher_is_trained_by_loaders_of_its_own(ring, name, monkeypatch):
+    """Its batches, its negatives, its masks and its length of history, not the student's."""
+    length = 10 if name == "BERT4Rec" else 4  # it masks a fifth of a history
+    settings = {
+        "teacher": name,
+        "teacher_epochs": 1,
+        "teacher_train_batch_size": 32,
+        "teacher_MAX_ITEM_LIST_LENGTH": length,
+    }
+    if name == "FPMC":
+        settings |= {"teacher_embedding": "none of these", "distill_ranking": "softmax", "distill_embedding": "none"}
+    seen, train = [], SequenceTrainer._prepare
+
+    def prepare(self, train_data):
+        seen.append(
+            (train_data._batch_size if hasattr(train_data, "_batch_size") else train_data.step, next(iter(train_data)))
+        )
+        return train(self, train_data)
+
+    monkeypatch.setattr(SequenceTrainer, "_prepare", prepare)
+    parts = prepared(ring, teacher_trained_rows="keep", **settings)
+    known = ensure(parts.config, parts.train, parts.valid)
+    ((size, batch),) = seen
+    assert size == 32 and batch["item_id_list"].shape == (32, length)
+    assert ("neg_item_id" in batch) == (name == "FPMC") and ("MASK_INDEX" in batch) == (name == "BERT4Rec")
+    assert known.manifest["rows"] > 0 and torch.isfinite(known.score).all()
+
+
+def test_the_students_rows_stay_as_they_were(ring):
+    parts = prepared(ring)
+    cut = parts.train._dataset.cut_to(4)
+    here, there = parts.train._dataset[torch.arange(300)], cut[torch.arange(300)]
+    assert here["item_id_list"].shape[1] == 12 and there["item_id_list"].shape[1] == 4
+    for row in range(0, 300, 7):
+        length = int(here["item_length"][row])
+        last = here["item_id_list"][row, max(0, length - 4) : length]
+        assert torch.equal(there["item_id_list"][row][: len(last)], last) and there["item_length"][row] == len(last)
+    assert torch.equal(here["item_id"], there["item_id"])
 
 
 def test_an_unknown_treatment_is_refused(ring):

@@ -51,9 +51,9 @@ def oracles(monkeypatch):
     """Lets `ensure` ask an oracle for its labels; the value lists the oracles that got ready."""
     made = []
 
-    def ready(config, train_data, valid_data, checkpoint=None):
+    def ready(config, dataset, valid_data, checkpoint=None):
         torch.rand(7)  # as a teacher's training would
-        made.append(Oracle(config, train_data._dataset))
+        made.append(Oracle(config, dataset))
         return made[-1]
 
     monkeypatch.setattr(knowledge_file, "ready", ready)

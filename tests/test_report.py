@@ -276,5 +276,5 @@ def test_the_protocol_and_the_rows_of_a_teacher_are_said():
     assert "25.0% of the interactions share their time" in PROTOCOL and PROTOCOL.endswith("Made up.")
     facts = {"tuned": 384, "labelled": 1200, "training_rows": 97171, "folder": "saved/knowledge/x"}
     (said,) = teaching_sentences(line("BIGRec", notes={"knowledge": facts}))
-    assert "tuned on 384 and labelled 1200 of 97171 training rows" in said and said.endswith("saved/knowledge/x")
+    assert "trained on 384 and labelled 1200 of 97171 training rows" in said and said.endswith("saved/knowledge/x")
     assert teaching_sentences(line()) == []
