@@ -3,8 +3,9 @@
 A row is (user token, target position, the last `teacher_history` item tokens, target token).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -70,6 +71,16 @@ def fingerprint(log: Log, names: Names, rows: Tensor, history: int) -> dict[str,
         "users": digest(names.users),
         "items": digest(names.items),
         **{part: tensors_digest(tensors) for part, tensors in numbers.items()},
+    }
+
+
+def model_folders(settings: Mapping[str, Any]) -> dict[str, dict[str, list[int]]]:
+    """Files, sizes and times of every folder by which settings name a language model: its content can change under its name."""
+    named = {key: value for key, value in settings.items() if key.endswith("llm") or key == "teacher_embedding"}
+    folders = {key: Path(value) for key, value in named.items() if isinstance(value, str) and Path(value).is_dir()}
+    return {
+        key: {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(folder.iterdir())}
+        for key, folder in folders.items()
     }
 
 

@@ -18,6 +18,7 @@ from recbole_llm.artifacts import DamagedArtifact, digest, file_digest
 from recbole_llm.checkpoint import settings_of
 from recbole_llm.config import Config, check_topk, role_config
 from recbole_llm.dataset import create_dataset
+from recbole_llm.identity import model_folders
 from recbole_llm.item_text import check_quotes
 from recbole_llm.loaders import eval_loader
 from recbole_llm.model.dllm2rec import Distillation
@@ -252,7 +253,7 @@ def finished(folder: Path) -> report.Line | None:
 def run_folder(config: Config) -> Path:
     """The folder of a run: named by all that shapes its outcome, so the same command finds it again.
 
-    That is the settings, and the content of the data files, of a given Knowledge and of a given teacher.
+    That is the settings, and the content of the data files, of language models that are folders, of a given Knowledge and teacher.
     """
     named = {key: value for key, value in settings_of(config).items() if key not in NOT_IDENTITY}
     files = sorted(Path(config["data_path"]).glob(f"{config['dataset']}.*"))
@@ -266,6 +267,7 @@ def run_folder(config: Config) -> Path:
             named["distillation"] = vars(chosen)
             if chosen.asks_teacher(config) and not config["teacher_knowledge"]:
                 named["taught by"] = teacher.identity(role_config(config, "teacher"), labelling=True)
+    named["folders"] = model_folders(named)
     named["files"] = {file.name: file_digest(file) for file in files if file.is_file()}
     name = config["student"] if config["distill_mode"] == "off" else config["model"]
     return Path(config["checkpoint_dir"]) / "runs" / f"{name}-{config['dataset']}-{digest(named, 10)}"

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from recbole_llm.artifacts import DamagedArtifact, digest, file_digest, read_json, write_json
 from recbole_llm.config import read_yaml, recbole_yaml
-from recbole_llm.identity import data_digest
+from recbole_llm.identity import data_digest, model_folders
 from recbole_llm.loaders import eval_loader, train_loader
 from recbole_llm.model import PROPERTIES
 from recbole_llm.prompts import PREAMBLE, Words, answer, prompt
@@ -26,11 +26,13 @@ from recbole_llm.trainer import read_checkpoint, trainer_class
 NOT_IDENTITY = {
     "teacher_eval_rows", "eval_batch_size", "eval_step", "loss_decimal_place", "generate_tokens_per_batch",
 }  # fmt: skip
+# Settings of RecBole that choose which epoch of a training is kept.
+OF_VALIDATION = {"valid_metric", "eval_args", "seen_items"}
 # Settings of overall.yaml that shape a model trained on the log; an LLM's training reads none of them.
 OF_THE_LOG = {
-    "positions", "window_overlap", "loss_over", "loss_negatives", "loss_sampling", "loss_gbce_t", "seen_items",
+    "positions", "window_overlap", "loss_over", "loss_negatives", "loss_sampling", "loss_gbce_t",
 }  # fmt: skip
-LABELLING = ("generate_", "ground_", "p5_beams", "p5_score")  # settings that change the labels, but not the training
+LABELLING = ("generate_", "ground_")  # settings that change the labels, but not the training
 
 
 class Teacher(SequentialRecommender):
@@ -150,6 +152,8 @@ def identity(config: Any, labelling: bool) -> dict[str, Any]:
     keys = set(read_yaml(PROPERTIES / "model" / f"{name}.yaml")) or set(read_yaml(recbole_yaml(name)))
     if "prompt_lead" not in keys:
         keys |= OF_THE_LOG
+    if "prompt_lead" not in keys or config["ground_reweight"] != "none":  # an LLM is stopped by the loss of its answers
+        keys |= OF_VALIDATION
     keys = (keys | {*training_arguments, "seed", "title_field"}) - NOT_IDENTITY
     if "teacher_history" not in keys:  # what has a history of its own does not depend on the student's rows
         keys.add("MAX_ITEM_LIST_LENGTH")
@@ -159,11 +163,7 @@ def identity(config: Any, labelling: bool) -> dict[str, Any]:
     if config["prompt_lead"]:  # the template itself stands in code
         words = Words(config["prompt_instruction"], config["prompt_lead"], config["prompt_preamble"] or PREAMBLE)
         settings["prompt"] = [prompt(words, ["first", "second"]), answer("third")]
-    if config["llm"] and Path(config["llm"]).is_dir():  # a folder's content can change under its name
-        settings["llm_files"] = {
-            path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in Path(config["llm"]).iterdir()
-        }
-    return settings
+    return settings | {"folders": model_folders(settings)}
 
 
 def teacher_folder(config: Any, data: str) -> Path:

@@ -127,7 +127,8 @@ def test_the_order_of_the_files_changes_nothing(name, ring, tiny_lm, tmp_path):
     here = Trained(name, ring, tiny_lm, checkpoint_dir="here", epochs=1)
     there = Trained(name, other, tiny_lm, checkpoint_dir="there", epochs=1)
     if name == "DLLM2Rec":  # a student's own tables are drawn by internal id; what it learns from must be the same
-        from recbole_llm.knowledge import attach, ensure
+        from recbole_llm.attached import attach
+        from recbole_llm.knowledge import ensure
 
         known = [ensure(run.config, *run.data[:2]) for run in (here, there)]
         assert known[0].manifest["fingerprint"] == known[1].manifest["fingerprint"]

@@ -13,8 +13,9 @@ from torch import nn
 from torch.nn import functional
 
 from recbole_llm.artifacts import tensors_digest, write_json, write_tensors
+from recbole_llm.attached import attach
 from recbole_llm.distillation import position_weight, principal_components
-from recbole_llm.knowledge import Knowledge, attach
+from recbole_llm.knowledge import Knowledge
 from recbole_llm.losses import RECORDED
 from recbole_llm.model import dllm2rec
 from recbole_llm.model.dllm2rec import Distillation

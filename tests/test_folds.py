@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from recbole_llm import knowledge as knowledge_file
+from recbole_llm.attached import attach
 from recbole_llm.folds import folds_of
-from recbole_llm.knowledge import Request, attach, ensure
+from recbole_llm.knowledge import Request, ensure
 from recbole_llm.quick_start import refuse_early
 from recbole_llm.sequences import Log
 from recbole_llm.trainer import SequenceTrainer

@@ -8,13 +8,18 @@ import sys
 import pytest
 import torch
 
+from recbole_llm import attached as attached_file
 from recbole_llm import knowledge as knowledge_file
 from recbole_llm.artifacts import DamagedArtifact, read_json, read_tensors, write_json, write_tensors
-from recbole_llm.knowledge import Knowledge, Names, Request, attach, ensure, item_vectors, rows_to_label
+from recbole_llm.attached import attach, teacher_vectors
+from recbole_llm.config import Config
+from recbole_llm.identity import Names
+from recbole_llm.knowledge import Knowledge, Request, ensure, rows_to_label
+from recbole_llm.quick_start import run_folder
 from recbole_llm.sequences import Log
 from tests.conftest import ROOT
 from tests.oracle import Killed, Oracle, ask, distilled, prepared, student
-from tests.ring import TOKENS, following, shuffled
+from tests.ring import RING, TOKENS, following, shuffled
 
 COLUMNS = ("row", "items", "score", "target_score", "trained", "item_embedding")
 
@@ -225,6 +230,7 @@ def test_tuning_the_student_throws_no_label_away(ring, settings):
         {"teacher_positions": "last"},
         {"teacher_window_overlap": 3},
         {"seen_items": "mask"},
+        {"valid_metric": "Hit@1"},
     ],
     ids=str,
 )
@@ -234,6 +240,30 @@ def test_a_recbole_teacher_trained_another_way_is_another_teacher(ring, setting)
         return Request.of(parts.config, parts.train._dataset).teacher_folder
 
     assert folder(**setting) != folder() == folder()
+
+
+def test_how_a_p5_teacher_ranks_chooses_its_epoch_so_it_is_another_teacher(ring):
+    def folder(**more):
+        parts = prepared(ring, teacher="P5", teacher_trained_rows="keep", **more)
+        return Request.of(parts.config, parts.train._dataset).teacher_folder
+
+    assert len({folder(), folder(teacher_p5_beams=7), folder(teacher_p5_score="exact")}) == 3
+
+
+@pytest.mark.parametrize("key", ["llm", "lite_rec_llm"])
+def test_another_content_of_a_language_models_folder_is_another_teacher_and_another_run(ring, tmp_path, key):
+    (tmp_path / "lm").mkdir()
+
+    def folders(content):
+        (tmp_path / "lm" / "model.safetensors").write_text(content)
+        student = prepared(ring, teacher="LiteLLM4Rec", **{f"teacher_{key}": str(tmp_path / "lm")})
+        settings = {name: RING[name] for name in ("load_col", "title_field")} | {key: str(tmp_path / "lm")}
+        lite = Config("LiteLLM4Rec", "ring", None, settings | {"data_path": str(ring)}, read_argv=False)
+        request = Request.of(student.config, student.train._dataset)
+        return request.folder, request.teacher_folder, run_folder(student.config), run_folder(lite)
+
+    for one, other in zip(folders("a"), folders("bb"), strict=True):
+        assert one != other
 
 
 def test_another_checkpoint_under_the_same_name_is_another_teacher(ring, tmp_path):
@@ -436,11 +466,11 @@ def test_item_vectors_of_an_encoder_are_embedded_once(ring, tmp_path, monkeypatc
         asked.append((name, titles))
         return torch.tensor([[len(title), sum(map(ord, title))] for title in titles], dtype=torch.float32)
 
-    monkeypatch.setattr(knowledge_file, "encode", encode)
+    monkeypatch.setattr(attached_file, "encode", encode)
     parts = prepared(ring, teacher_embedding="some/encoder")
     other = prepared(shuffled(ring, tmp_path / "moved"), teacher_embedding="some/encoder")
     for each in (parts, parts, other):
-        vectors = item_vectors(each.config, each.train, each.valid)
+        vectors = teacher_vectors(each.config, each.train, each.valid)
         tokens = [str(token) for token in each.dataset.field2id_token["item_id"]]
         assert vectors[tokens.index("i00")].tolist() == [12, sum(map(ord, "amber falcon"))] and vectors[0].tolist() == [
             0,
@@ -449,7 +479,7 @@ def test_item_vectors_of_an_encoder_are_embedded_once(ring, tmp_path, monkeypatc
     assert len(asked) == 1 and asked[0][0] == "some/encoder"
     for file in tmp_path.glob("saved/item_vectors/*"):
         file.write_bytes(b"half")
-    item_vectors(parts.config, parts.train, parts.valid)
+    teacher_vectors(parts.config, parts.train, parts.valid)
     assert len(asked) == 2
 
 

@@ -18,6 +18,7 @@ from recbole.utils import InputType, get_model
 from torch import Tensor, nn
 from torch.nn import functional
 
+from recbole_llm.attached import Attached, attach, teacher_vectors
 from recbole_llm.causality import fault_of_scores
 from recbole_llm.config import SUITED, check_topk, choice
 from recbole_llm.distillation import (
@@ -31,7 +32,7 @@ from recbole_llm.distillation import (
     robust_loss,
     truth_confidence,
 )
-from recbole_llm.knowledge import Attached, attach, ensure, item_vectors
+from recbole_llm.knowledge import ensure
 from recbole_llm.losses import RECORDED, chunked_loss, rows_at_a_time
 from recbole_llm.sequences import Log
 from recbole_llm.tables import TaughtTable, UntiedTable
@@ -243,7 +244,7 @@ class DLLM2RecTrainer(SequenceTrainer):
             self.attached.to(self.device)
             self._prepare_weights()
         if self.settings.uses_vectors:
-            self.model.teach(item_vectors(self.config, train_data, valid_data), self.config["seed"])
+            self.model.teach(teacher_vectors(self.config, train_data, valid_data), self.config["seed"])
             self.optimizer = self._build_optimizer()
         if self.settings.robust:
             counts = torch.bincount(dataset.inter_feat[self.config["ITEM_ID_FIELD"]], minlength=dataset.item_num)
