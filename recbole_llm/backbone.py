@@ -50,6 +50,7 @@ class Backbone(nn.Module):
         dropout: float | None = None,
         pretrained_weights: bool = True,
         key: str = "llm",
+        revision: str | None = None,
     ) -> Self:
         """Find a model (see `pretrained.find`) and load its first layers, in float32.
 
@@ -60,17 +61,18 @@ class Backbone(nn.Module):
             dropout: Share of every dropout in it; None keeps its own.
             pretrained_weights: Whether its weights are loaded; otherwise they are drawn, which is the control of what they are worth.
             key: The setting that names the model, for messages.
+            revision: Branch, tag or commit on the hub.
 
         Raises:
             pretrained.ModelNotFound: No source has it.
             ValueError: It has fewer layers.
         """
-        folder = pretrained.find(name, key=key)
+        folder = pretrained.find(name, revision, key)
         config = configuration(folder)
         own = text_config(config)
         if layers > own.num_hidden_layers:
             raise ValueError(
-                f"{key}={name}: has {own.num_hidden_layers} layers, not {layers}; there is 0 (all) to {own.num_hidden_layers}. "
+                f"lite_rec_layers={layers}: {name} has {own.num_hidden_layers} layers; there is 0 (all) to {own.num_hidden_layers}. "
                 "Set lite_rec_layers in a config file or on the command line."
             )
         own.num_hidden_layers = layers or own.num_hidden_layers
@@ -133,7 +135,14 @@ class Backbone(nn.Module):
                 torch.ones(length, length, dtype=torch.bool, device=real.device).tril().expand(len(real), 1, -1, -1)
             )
         once = {"use_cache": False} if hasattr(text_config(self.network.config), "use_cache") else {}
-        return self.network(**{name: values}, attention_mask=self._mask(allowed), **once).last_hidden_state
+        with self._in_range(values.device.type):
+            return self.network(**{name: values}, attention_mask=self._mask(allowed), **once).last_hidden_state
+
+    def _in_range(self, kind: str) -> contextlib.AbstractContextManager:
+        """Keeps a T5 out of float16, in which it overflows and which RecBole's `enable_amp` computes in; bfloat16 has the range."""
+        if self.network.config.model_type in OVERFLOW and torch.is_autocast_enabled(kind):
+            return torch.autocast(kind, torch.bfloat16)
+        return contextlib.nullcontext()
 
     def read_on(self, vectors: Tensor, allowed: Tensor, place: Tensor, kept: Any) -> Tensor:
         """Read vectors [B, l, width] behind what was read before.
@@ -199,6 +208,8 @@ DROPOUTS = (
     "embd_pdrop", "resid_pdrop", "hidden_dropout", "embedding_dropout", "mlp_dropout",
 )  # fmt: skip
 """What families call their dropouts in their configurations."""
+OVERFLOW = ("t5", "mt5", "umt5")
+"""Families whose states outgrow float16."""
 
 
 def configuration(folder: str | Path) -> Any:

@@ -316,6 +316,21 @@ def choice(config: RecBoleConfig, key: str, allowed: Iterable[str]) -> str:
     return value
 
 
+def check_range(config: Mapping[str, Any], key: str, least: float, most: float | None = None) -> None:
+    """Refuse a number outside of what a setting may be; where `least` is whole, so must the number be.
+
+    Raises:
+        ValueError: Names the key, its value and what there is instead.
+    """
+    value = config[key]
+    whole = isinstance(least, int)
+    fits = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+    if not fits or value < least or most is not None and value > most:
+        kind = "whole numbers" if whole else "numbers"
+        upwards = "upwards" if most is None else f"to {most}"
+        raise ValueError(f"{key}={value}: not possible; there is {kind} from {least} {upwards}. Set {key}.")
+
+
 def no_such_choice(key: str, value: Any, allowed: Iterable[str]) -> str:
     """What to tell whoever set `key` to something that is none of `allowed`."""
     return f"{key}={value}: no such choice{guess(value, allowed)} There is {', '.join(map(str, allowed))}. Set {key}."

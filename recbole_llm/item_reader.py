@@ -62,6 +62,7 @@ class ItemReader(nn.Module):
         checkpointed: bool = True,
         dropout: float | None = None,
         key: str = "llm",
+        revision: str | None = None,
     ) -> Self:
         """Find the Item LLM and cut the texts into its tokens.
 
@@ -74,14 +75,15 @@ class ItemReader(nn.Module):
             checkpointed: See the class.
             dropout: Share of every dropout in it; None keeps its own.
             key: The setting that names the model, for messages.
+            revision: Branch, tag or commit on the hub.
         """
-        folder = pretrained.find(name, key=key)
+        folder = pretrained.find(name, revision, key)
         config = configuration(folder)
         causal = causal_by_training(config)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         tokens = Tokens(tokenizer, text_config(config), causal)
         rows = tokens.shortened(tokens.of(["", *texts[1:]]), min(longest, tokens.context), front=False)
-        backbone = Backbone.load(name, causal=causal, dropout=dropout, key=key)
+        backbone = Backbone.load(name, causal=causal, dropout=dropout, key=key, revision=revision)
         return cls(backbone, rows, pool, tokens_at_once, checkpointed)
 
     def forward(self, items: Tensor, progress: bool = False) -> Tensor:
@@ -123,13 +125,14 @@ class ItemReader(nn.Module):
         return vectors
 
 
-def width_of(name: str, key: str = "llm") -> int:
+def width_of(name: str, revision: str | None = None) -> int:
     """Length of the vectors of a model, from its configuration alone."""
-    return text_config(configuration(pretrained.find(name, key=key))).hidden_size
+    return text_config(configuration(pretrained.find(name, revision))).hidden_size
 
 
 def item_vectors(
     name: str,
+    revision: str | None,
     texts: Sequence[str],
     pool: str,
     longest: int,
@@ -145,6 +148,7 @@ def item_vectors(
 
     Args:
         name: Folder, or standard name on the Hugging Face hub.
+        revision: Branch, tag or commit on the hub.
         texts: Text of each item by its number, row 0 the padding's.
         pool: mean | last.
         longest: Most tokens of a text.
@@ -153,14 +157,15 @@ def item_vectors(
         progress: Whether there is a progress bar.
     """
     different = sorted(set(texts[1:]))
-    weights = pretrained.digest_of(pretrained.find(name))
+    weights = pretrained.digest_of(pretrained.find(name, revision))
     key = digest({"weights": weights, "texts": different, "pool": pool, "longest": longest, "format": 1})
     file = Path(folder) / f"{Path(name).name}-{key}.safetensors"
     if not file.exists():
         logging.getLogger().info(f"{name} reads the texts of {len(different)} items; their vectors are kept in {file}.")
 
     def read() -> Tensor:
-        reader = ItemReader.load(name, ["", *different], pool, longest, checkpointed=False).to(device)
+        reader = ItemReader.load(name, ["", *different], pool, longest, checkpointed=False, revision=revision)
+        reader = reader.to(device)
         return reader.table(progress).cpu()
 
     vectors = cached_tensor(file, read)

@@ -65,7 +65,7 @@ def test_fewer_layers_are_the_first_ones(folder):
     kept = dict(whole.named_parameters())
     assert all(torch.equal(weight, kept[name]) for name, weight in short.named_parameters())
     assert sum(weight.numel() for weight in short.parameters()) < sum(weight.numel() for weight in whole.parameters())
-    with pytest.raises(ValueError, match=r"has 2 layers, not 3; there is 0 \(all\) to 2. Set lite_rec_layers"):
+    with pytest.raises(ValueError, match=r"lite_rec_layers=3: .* has 2 layers; there is 0 \(all\) to 2. Set lite_rec_layers"):
         Backbone.load(folder, causal=True, layers=3)
 
 
@@ -108,3 +108,14 @@ def test_what_is_trained_is_what_was_asked(folder, how):
     else:
         assert trained and all("lora_" in name for name in trained)
     assert torch.allclose(backbone.eval()(vectors, real), before, atol=1e-6)
+
+
+@pytest.mark.parametrize(("family", "wanted"), [("t5", torch.bfloat16), ("bert", torch.float16)])
+def test_a_t5_stays_out_of_float16_whatever_enable_amp_asks_for(folders, family, wanted):
+    backbone, seen = Backbone.load(str(folders[family]), causal=True), []
+    layer = next(module for module in backbone.network.modules() if isinstance(module, torch.nn.Linear))
+    layer.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    with torch.autocast("cpu", torch.float16):
+        backbone(torch.randn(1, 3, 32), torch.ones(1, 3, dtype=torch.bool))
+    backbone(torch.randn(1, 3, 32), torch.ones(1, 3, dtype=torch.bool))
+    assert seen == [wanted, torch.float32]

@@ -89,7 +89,7 @@ class Reads:
 
 
 def vectors(folder, texts=TEXTS, pool="mean"):
-    return item_vectors(str(folder), texts, pool, 64, "vectors", "cpu", False)
+    return item_vectors(str(folder), None, texts, pool, 64, "vectors", "cpu", False)
 
 
 def test_vectors_are_read_once_and_anew_where_weights_or_texts_are_others(folders, tmp_path, monkeypatch):

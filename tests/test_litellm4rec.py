@@ -10,7 +10,7 @@ from recbole.data import create_dataset, data_preparation
 from recbole.utils import get_model, get_trainer, init_seed
 from torch.nn import functional
 
-from recbole_llm import load_recommender
+from recbole_llm import load_recommender, pretrained
 from recbole_llm.causality import is_causal, sample_rows
 from recbole_llm.checkpoint import read_checkpoint
 from tests.families import FAMILIES, make_family
@@ -154,12 +154,42 @@ def test_phase_b_trains_the_item_llm_and_is_kept_if_it_is_better(ring, folders, 
     assert result["recall@10"] > 0.5
 
 
-def test_phase_a_is_kept_if_phase_b_does_not_improve(ring, folders, caplog):
+@pytest.mark.parametrize("rate", [0.0, 1000.0], ids=["equal", "worse"])
+def test_phase_a_is_kept_if_phase_b_does_not_improve(ring, folders, caplog, rate):
     caplog.set_level("INFO")
-    run = Run(ring, folders["bert"], lite_item_train="full", lite_unfreeze_rate=0.0, lite_unfreeze_epochs=1).fit()
+    settings = {"lite_item_train": "full", "lite_unfreeze_rate": rate, "lite_unfreeze_epochs": 1, "epochs": 5}
+    run = Run(ring, folders["bert"], **settings).fit()
     assert "A is kept" in caplog.text
-    alone = Run(ring, folders["bert"], checkpoint_dir="alone").fit()
+    alone = Run(ring, folders["bert"], checkpoint_dir="alone", epochs=5).fit()
+    assert run.trainer.best_valid_score == alone.trainer.best_valid_score
+    kept, wanted = (read_checkpoint(each.trainer.saved_model_file)["state_dict"] for each in (run, alone))
+    assert kept.keys() == wanted.keys() and all(torch.equal(kept[name], wanted[name]) for name in wanted)
     assert run.test() == alone.test()
+    texts = run.model.texts
+    assert torch.equal(run.model.item_reader(texts).table(), alone.model.item_reader(texts).table())
+
+
+def test_items_that_are_added_after_phase_b_are_read_by_the_trained_item_llm(ring, folders):
+    settings = {"lite_item_train": "full", "epochs": 1, "lite_unfreeze_rate": 1.0, "lite_unfreeze_epochs": 3}
+    run = Run(ring, folders["bert"], **settings).fit()
+    run.model.add_items([run.model.texts[5]])
+    vectors = run.model.item_embedding.vectors
+    assert torch.allclose(vectors[-1], vectors[5], atol=1e-5)
+
+
+@pytest.mark.parametrize("learner", ["adam", "sgd"])
+def test_the_rates_rise_for_so_many_steps_with_any_optimizer_and_after_a_resume(ring, folders, learner):
+    settings = {"learner": learner, "lite_warmup_steps": 9, "epochs": 2, "train_batch_size": 128}
+    run = Run(ring, folders["bert"], **settings)
+    run.trainer.keep_in("run")
+    rates = []
+    run.fit(callback_fn=lambda epoch, score: rates.append(run.trainer.optimizer.param_groups[0]["lr"]))
+    steps = run.trainer.optimizer.param_groups[0]["steps"] // 2
+    assert 1 < steps < 9 and rates[0] == pytest.approx(0.01 * steps / 9) and rates[1] == pytest.approx(0.01)
+    again = Run(ring, folders["bert"], **settings | {"epochs": 3})
+    again.trainer.keep_in("run")
+    again.fit()
+    assert again.trainer.optimizer.param_groups[0]["steps"] == 3 * steps
 
 
 def test_a_run_killed_in_phase_b_goes_on_there_and_ends_the_same(ring, folders):
@@ -245,19 +275,45 @@ def test_only_so_many_items_are_read_anew_and_all_of_them_every_so_many_steps(ri
     assert reads == [2, 2, model.n_items, 2]
 
 
-def test_one_network_may_be_both_levels(ring, folders):
-    settings = {
-        "lite_share_backbones": True,
-        "lite_rec_layers": 0,
-        "lite_item_train": "full",
-        "lite_unfreeze_rate": 1.0,
-    }
-    run = Run(ring, folders["bert"], lite_unfreeze_epochs=3, **settings).fit()
-    assert run.model.item_llm.backbone.network is run.model.rec_llm.network and run.trainer.phase == "B"
-    result = run.test()
-    assert math.isfinite(result["ndcg@10"])
+def test_one_network_may_be_both_levels(ring, folders, caplog):
+    caplog.set_level("INFO")
+    settings = {"lite_share_backbones": True, "lite_rec_layers": 0, "lite_item_train": "full", "epochs": 20}
+    run = Run(ring, folders["bert"], lite_unfreeze_epochs=1, **settings).fit(validates=False)
+    assert run.model.item_llm.backbone.network is run.model.rec_llm.network and "there is no phase A" in caplog.text
+    assert len(run.trainer.train_loss_dict) == 20
+    assert [group["peak"] for group in run.trainer.optimizer.param_groups] == [0.01, 0.001]
+    assert run.test()["recall@1"] == 1.0
     saved = read_checkpoint(run.trainer.saved_model_file)
     assert not any(name.startswith("item_llm.") for name in saved["state_dict"])
+    recommender = load_recommender(run.trainer.saved_model_file)
+    recommender.add_items(["new"], ["blue otter"])
+    assert not any(module.training for module in recommender.model.modules())
+
+
+def test_how_it_was_made_is_said_beside_results(ring, folders):
+    settings = {"lite_rec_pretrained": False, "lite_item_train": "lora", "lite_lora_rank": 3}
+    model = Run(ring, folders["bert"], **settings).model
+    said = model.choices()
+    assert (said["rec_llm"], said["rec_pretrained"], said["lora_rank"]) == (str(folders["bert"]), False, 3)
+    assert (said["history"], said["positions"]) == (5, "all")
+    assert model.provenance()["lite_rec_llm"] == "weights drawn at random"
+    both = Run(ring, folders["bert"], lite_rec_mask="bidirectional").model
+    assert both.choices()["positions"] == "last" and both.provenance()["lite_rec_llm"] == both.provenance()["llm"]
+
+
+def test_the_revision_is_asked_for_wherever_the_llm_is_looked_for(ring, folders, monkeypatch):
+    asked, find = [], pretrained.find
+    monkeypatch.setattr(
+        pretrained,
+        "find",
+        lambda name, revision=None, key="llm": asked.append((key, revision)) or find(name, None, key),
+    )
+    run = Run(ring, folders["bert"], llm_revision="v2", lite_rec_llm=str(folders["llama"]))
+    run.model.read_items()
+    run.model.provenance()
+    run.model.item_reader(["", "a"])
+    assert {revision for key, revision in asked if key == "llm"} == {"v2"}
+    assert {revision for key, revision in asked if key == "lite_rec_llm"} == {None}
 
 
 @pytest.mark.parametrize(
@@ -268,7 +324,13 @@ def test_one_network_may_be_both_levels(ring, folders):
         ({"lite_rec_mask": "none"}, "lite_rec_mask=none: "),
         ({"MAX_ITEM_LIST_LENGTH": 99}, "MAX_ITEM_LIST_LENGTH=99: the Recommendation LLM reads at most 64 vectors"),
         ({"lite_share_backbones": True}, "lite_share_backbones=True: one network cannot be frozen below"),
-        ({"lite_rec_layers": 7}, "has 2 layers, not 7"),
+        ({"lite_rec_layers": 7}, "lite_rec_layers=7: .* has 2 layers; there is 0 \\(all\\) to 2"),
+        ({"lite_rec_layers": -1}, "lite_rec_layers=-1: not possible; there is whole numbers from 0 upwards"),
+        ({"lite_item_tokens": 0}, "lite_item_tokens=0: not possible; there is whole numbers from 1 upwards"),
+        ({"lite_item_chunk": 0.5}, "lite_item_chunk=0.5: not possible"),
+        ({"lite_fresh_items": -2}, "lite_fresh_items=-2: not possible"),
+        ({"lite_head_width": -8}, "lite_head_width=-8: not possible"),
+        ({"lite_dropout": 1.5}, "lite_dropout=1.5: not possible; there is numbers from 0.0 to 1.0"),
         ({"lite_item_template": "{brand}"}, "lite_item_template=brand: no such column"),
     ],
 )

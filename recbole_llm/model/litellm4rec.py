@@ -10,6 +10,7 @@ Our defaults are those that two CPU cores can train: the Item LLM stays frozen, 
 position of a history is trained at once, and an item has a learnable vector besides its text (`lite_use_id_embedding`).
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from recbole_llm.checkpoint import read_weights, split_other_parameter
-from recbole_llm.config import check_topk, choice
+from recbole_llm.config import check_range, check_topk, choice
 from recbole_llm.item_text import filled_in
 from recbole_llm.tables import TextTable
 from recbole_llm.teacher import Teacher
@@ -34,8 +35,13 @@ CHOICES = {
 }
 
 OPEN = (
-    "lite_item_template", "lite_rec_llm", "lite_share_backbones", "lite_rec_layers", "lite_head_width", "lite_use_id_embedding",
+    "lite_item_template", "lite_item_tokens", "lite_rec_llm", "lite_share_backbones", "lite_rec_layers", "lite_rec_pretrained",
+    "lite_head_width", "lite_use_id_embedding",
 )  # fmt: skip
+LEAST = {
+    "lite_item_tokens": 1, "lite_item_layers": 1, "lite_item_chunk": 1, "lite_lora_rank": 1, "lite_unfreeze_epochs": 1,
+    "lite_fresh_items": -1, "lite_refresh_steps": 0, "lite_rec_layers": 0, "lite_warmup_steps": 0, "lite_head_width": 0,
+}  # fmt: skip
 
 
 class LiteLLM4Rec(Teacher):
@@ -62,17 +68,22 @@ class LiteLLM4Rec(Teacher):
         check_topk(config, dataset.item_num)
         for key, allowed in CHOICES.items():
             choice(config, key, allowed)
+        for key, least in LEAST.items():
+            check_range(config, key, least)
+        check_range(config, "lite_dropout", 0.0, 1.0)
         self.config = config
         self.causal, self.pool = config["lite_rec_mask"] == "causal", config["lite_rec_pool"]
         has_text = hasattr(dataset, "item_feat")
         self.texts = filled_in(config["lite_item_template"], dataset, config["title_field"]) if has_text else None
+        own = config["lite_rec_llm"]
         self.rec_llm = Backbone.load(
-            config["lite_rec_llm"] or config["llm"],
+            own or config["llm"],
             causal=self.causal,
             layers=config["lite_rec_layers"],
             dropout=config["lite_dropout"],
-            pretrained_weights=config["lite_rec_pretrained"],
-            key="lite_rec_llm" if config["lite_rec_llm"] else "llm",
+            pretrained_weights=config["lite_rec_pretrained"] and has_text,  # a checkpoint brings its own
+            key="lite_rec_llm" if own else "llm",
+            revision=None if own else config["llm_revision"],
         )
         self._refuse_misfits()
         spread = self.rec_llm.token_spread()
@@ -80,15 +91,8 @@ class LiteLLM4Rec(Teacher):
             self.rec_llm.without_tokens()
         width = self.rec_llm.width
         head_width = config["lite_head_width"] or width
-        self.item_embedding = TextTable(
-            self.n_items,
-            width_of(config["llm"]),
-            width,
-            head_width,
-            config["lite_head"],
-            config["lite_use_id_embedding"],
-            spread,
-        )
+        sizes = self.n_items, width_of(config["llm"], config["llm_revision"]), width, head_width
+        self.item_embedding = TextTable(*sizes, config["lite_head"], config["lite_use_id_embedding"], spread)
         if has_text:
             self.item_embedding.put_in_order(dataset.field2id_token[dataset.iid_field])
         self.to_head = nn.Linear(width, head_width, bias=False)
@@ -122,12 +126,13 @@ class LiteLLM4Rec(Teacher):
         config = self.config
         folder = Path(config["checkpoint_dir"]) / "item_vectors"
         reading = config["lite_item_pool"], config["lite_item_tokens"]
-        vectors = item_vectors(config["llm"], self.texts, *reading, folder, self.device, config["show_progress"])
+        llm = config["llm"], config["llm_revision"]
+        vectors = item_vectors(*llm, self.texts, *reading, folder, self.device, config["show_progress"])
         self.item_embedding.begin_with(vectors.to(self.device))
         self.knows_items = True
 
     def item_reader(self, texts: list[str]) -> nn.Module:
-        """The Item LLM over some texts, the first one the padding's, as it was trained if it was."""
+        """The Item LLM over some texts, the first one the padding's, as it was trained if it was, in the mode of this model."""
         from recbole_llm.item_reader import ItemReader
 
         config = self.config
@@ -139,19 +144,29 @@ class LiteLLM4Rec(Teacher):
             tokens_at_once=config["lite_item_chunk"],
             checkpointed=config["lite_item_checkpoint"],
             dropout=config["lite_dropout"],
+            revision=config["llm_revision"],
         )
         lora = config["lite_lora_rank"], config["lite_lora_alpha"], config["lite_dropout"]
         reader.backbone.train_only(config["lite_item_train"], config["lite_item_layers"], *lora)
         if config["lite_share_backbones"]:
             reader.backbone.network = self.rec_llm.network
-        reader.load_state_dict(self._item_llm_state, strict=False)
-        return reader.to(self.device)
+        reader.load_state_dict(
+            self._item_llm_state if self.item_llm is None else self._trained_of_item_llm(), strict=False
+        )
+        return reader.to(self.device).train(self.training)
+
+    def _trained_of_item_llm(self) -> dict[str, Tensor]:
+        """What is trained of the Item LLM; nothing if it is the Recommendation LLM, too, of which it is a part."""
+        if self.config["lite_share_backbones"]:
+            return {}
+        return {name: weight.detach() for name, weight in self.item_llm.named_parameters() if weight.requires_grad}
 
     def unfreeze(self) -> None:
         """Train the Item LLM, too, as `lite_item_train` says, from here on (phase B)."""
         if self.item_llm is None:
             self.read_items()
             self.item_llm = self.item_reader(self.texts)
+            self._item_llm_state = {}
 
     def _read_batch(self, items: Tensor) -> None:
         """Read the items of a batch anew, with a gradient; all others keep the vector that was read last."""
@@ -248,47 +263,52 @@ class LiteLLM4Rec(Teacher):
 
     def choices(self) -> dict[str, Any]:
         """How every point was chosen that the paper's abstract leaves open, to be said beside results."""
-        names = [key.removeprefix("lite_") for key in (*CHOICES, *OPEN)]
-        chosen = {name: self.config[f"lite_{name}"] for name in names}
+        config = self.config
+        of_training = {"partial": ["lite_item_layers"], "lora": ["lite_lora_rank"]}.get(config["lite_item_train"], [])
+        chosen = {key.removeprefix("lite_"): config[key] for key in (*CHOICES, *OPEN, *of_training)}
+        positions = config["positions"]
+        if positions == "auto":
+            positions = "all" if self.causal else "last"
         return {
-            "backbone": self.config["llm"],
+            "backbone": config["llm"],
             **chosen,
-            "positions": self.config["positions"],
-            "seen_items": self.config["seen_items"],
+            "rec_llm": config["lite_rec_llm"] or config["llm"],
+            "history": self.max_seq_length,
+            "positions": positions,
+            "seen_items": config["seen_items"],
         }
 
     def provenance(self) -> dict[str, Any]:
         """Where the weights come from, for tables and manifests."""
         from recbole_llm.pretrained import digest_of, find, provenance_of
 
-        names = {"llm": self.config["llm"], "lite_rec_llm": self.config["lite_rec_llm"] or self.config["llm"]}
-        folders = {key: find(name, key=key) for key, name in names.items()}
-        return {key: provenance_of(folder) for key, folder in folders.items()} | {
-            "llm_digest": digest_of(folders["llm"])
+        config = self.config
+        folder = find(config["llm"], config["llm_revision"])
+        of_rec = find(config["lite_rec_llm"], key="lite_rec_llm") if config["lite_rec_llm"] else folder
+        return {
+            "llm": provenance_of(folder),
+            "llm_digest": digest_of(folder),
+            "lite_rec_llm": provenance_of(of_rec) if config["lite_rec_pretrained"] else "weights drawn at random",
         }
 
     def state_dict(self, *args, **kwargs):
         """Like torch's, with item vectors that are up to date; of the Item LLM what is trained, and nothing while it is frozen."""
         self.refresh()
         state = super().state_dict(*args, **kwargs)
-        trained = set()
-        if self.item_llm is not None and not self.config["lite_share_backbones"]:
-            trained = {
-                name for name, weight in self.item_llm.named_parameters(prefix="item_llm") if weight.requires_grad
-            }
-        kept = {name: value for name, value in state.items() if not name.startswith("item_llm.") or name in trained}
-        return kept | {f"item_llm.{name}": value for name, value in self._item_llm_state.items()}
+        trained = self._item_llm_state if self.item_llm is None else self._trained_of_item_llm()
+        kept = {name: value for name, value in state.items() if not name.startswith("item_llm.")}
+        return kept | {f"item_llm.{name}": value for name, value in trained.items()}
 
     def load_state_dict(self, state_dict, strict=True, assign=False):
-        """Take a saved state, and what of the Item LLM was trained."""
+        """Take a saved state, and what of the Item LLM was trained; a state of phase A ends phase B."""
         ours = {name: value for name, value in state_dict.items() if not name.startswith("item_llm.")}
         reader = {
             name.removeprefix("item_llm."): value for name, value in state_dict.items() if name.startswith("item_llm.")
         }
-        if self.item_llm is not None:
+        if self.item_llm is not None and (reader or self.config["lite_share_backbones"]):
             self.item_llm.load_state_dict(reader, strict=False)
         else:
-            self._item_llm_state = reader
+            self.item_llm, self._item_llm_state = None, reader
         own = {name: value for name, value in super().state_dict().items() if name.startswith("item_llm.")}
         self.knows_items, self._vectors_are_old = True, False
         return super().load_state_dict(own | ours, strict=strict, assign=assign)
@@ -297,74 +317,88 @@ class LiteLLM4Rec(Teacher):
 class LiteLLM4RecTrainer(SequenceTrainer):
     """Trains phase A with the Item LLM frozen, then, if `lite_item_train` asks for it, phase B with it trained, too.
 
-    Phase B begins with the best weights of A at a smaller learning rate; what is kept is the better of the two on validation.
+    Phase B begins with the best weights of A at a smaller learning rate, and is kept only where it is better on validation. One network
+    for both levels (`lite_share_backbones`) has no phase A: everything is trained at once, at the full rates, for `epochs`.
     """
 
     phase = "A"
+    frozen_score: float | None = None
+    """Best validation score of phase A, once there is a phase B."""
 
     def _build_optimizer(self, **kwargs):
         """RecBole's optimizer with a smaller learning rate for LLMs, and a linear warm-up."""
         config, model = self.config, self.model
-        shrink = config["lite_unfreeze_rate"] if self.phase == "B" else 1.0
+        shrink = config["lite_unfreeze_rate"] if self.phase == "B" and not config["lite_share_backbones"] else 1.0
         llms = [*model.rec_llm.parameters(), *([] if model.item_llm is None else model.item_llm.parameters())]
         inside = {id(weight) for weight in llms}
         rest = [weight for weight in model.parameters() if id(weight) not in inside]
         parts = [(rest, self.learning_rate), (list(dict.fromkeys(llms)), config["lite_llm_learning_rate"])]
-        groups = [
-            {
-                "params": [weight for weight in weights if weight.requires_grad],
-                "lr": rate * shrink,
-                "peak": rate * shrink,
-            }
-            for weights, rate in parts
-        ]
+        groups = []
+        for weights, rate in parts:
+            trained = [weight for weight in weights if weight.requires_grad]
+            groups.append({"params": trained, "lr": rate * shrink, "peak": rate * shrink, "steps": 0})
         optimizer = super()._build_optimizer(params=groups, **kwargs)
         optimizer.register_step_pre_hook(self._warm_up)
         return optimizer
 
     def _warm_up(self, optimizer, args, kwargs) -> None:
-        steps = max((int(state["step"]) for state in optimizer.state.values() if "step" in state), default=0)
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * min(1.0, (steps + 1) / max(1, self.config["lite_warmup_steps"]))
+        for (
+            group
+        ) in optimizer.param_groups:  # a count of its own: not every optimizer has one, and on a GPU reading it waits
+            group["steps"] += 1
+            group["lr"] = group["peak"] * min(1.0, group["steps"] / max(1, self.config["lite_warmup_steps"]))
 
     def fit(self, train_data, valid_data=None, verbose=True, saved=True, show_progress=False, callback_fn=None):
         """Like RecBole's, in two phases if the Item LLM is to be trained."""
         config = self.config
         options = (verbose, saved, show_progress, callback_fn)
-        wants_b = config["lite_item_train"] != "frozen"
-        resumes_b = self._resumed is not None and self._resumed[1].get("phase") == "B"
-        if not wants_b:
+        if config["lite_item_train"] == "frozen":
             return super().fit(train_data, valid_data, *options)
+        resumes_b = self._resumed is not None and self._resumed[1].get("phase") == "B"
         if not resumes_b and not config["lite_share_backbones"]:
             super().fit(train_data, valid_data, *options)
             if saved:
                 self._load_best()
-        frozen_score = self.best_valid_score if self.best_valid_result else None
-        self._begin_b(resumes_b)
+        self._begin_b(resumes_b, bool(valid_data))
         result = super().fit(train_data, valid_data, *options)
-        if frozen_score is not None and not resumes_b:
-            kept = "B is kept" if self.best_valid_score != frozen_score else "A is kept"
-            self.logger.info(
-                f"Phase A (Item LLM frozen) reached {frozen_score:.6f} on validation, A and B together {self.best_valid_score:.6f}: {kept}."
-            )
-        return result
+        if self.frozen_score is None:
+            return result
+        kept = "A" if self.best_valid_score == self._bar() else "B"
+        if kept == "A":
+            self.best_valid_score = self.frozen_score
+        best = f"{self.frozen_score:.6f} on validation, with phase B {self.best_valid_score:.6f}"
+        self.logger.info(f"Phase A (Item LLM frozen) reached {best}: {kept} is kept.")
+        return self.best_valid_score, self.best_valid_result
+
+    def _bar(self) -> float:
+        """What phase B has to reach: the next number that is better than phase A's, since RecBole keeps the later of two equals."""
+        return math.nextafter(self.frozen_score, math.inf if self.valid_metric_bigger else -math.inf)
 
     def _load_best(self) -> None:
         state, meta = read_weights(self.saved_model_file, self.device)
         self.model.load_state_dict(split_other_parameter(state, meta)[0])
 
-    def _begin_b(self, resumes: bool) -> None:
+    def _begin_b(self, resumes: bool, validates: bool) -> None:
         """Let the Item LLM be trained, with an optimizer of its own and a count of epochs of its own."""
         self.phase = "B"
         self.model.unfreeze()
         self.optimizer = self._build_optimizer()
+        if self.config["lite_share_backbones"]:
+            self.logger.info("One network is both levels: everything is trained at once, there is no phase A.")
+            return
         self.epochs = self.config["lite_unfreeze_epochs"]
-        if not resumes:
+        if resumes:
+            self.frozen_score = self._resumed[1]["frozen_score"]
+        else:
             self.start_epoch = self.cur_step = 0
+            if validates:
+                self.frozen_score = self.best_valid_score
+                self.best_valid_score = self._bar()
+        begins = "best" if validates else "last"
         self.logger.info(
-            f"Phase B: the Item LLM is trained, too ({self.config['lite_item_train']}), from the best weights of phase A."
+            f"Phase B: the Item LLM is trained, too ({self.config['lite_item_train']}), from the {begins} weights of phase A."
         )
 
     def resume_values(self):
         """What an exact resume has to know besides."""
-        return {"phase": self.phase}
+        return {"phase": self.phase, "frozen_score": self.frozen_score}
