@@ -65,7 +65,9 @@ def test_fewer_layers_are_the_first_ones(folder):
     kept = dict(whole.named_parameters())
     assert all(torch.equal(weight, kept[name]) for name, weight in short.named_parameters())
     assert sum(weight.numel() for weight in short.parameters()) < sum(weight.numel() for weight in whole.parameters())
-    with pytest.raises(ValueError, match=r"lite_rec_layers=3: .* has 2 layers; there is 0 \(all\) to 2. Set lite_rec_layers"):
+    with pytest.raises(
+        ValueError, match=r"lite_rec_layers=3: .* has 2 layers; there is 0 \(all\) to 2. Set lite_rec_layers"
+    ):
         Backbone.load(folder, causal=True, layers=3)
 
 

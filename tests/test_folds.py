@@ -8,11 +8,12 @@ import torch
 from recbole_llm import knowledge as knowledge_file
 from recbole_llm.attached import attach
 from recbole_llm.folds import folds_of
-from recbole_llm.knowledge import Request, ensure
-from recbole_llm.quick_start import refuse_early
+from recbole_llm.knowledge import Knowledge, Request, ensure
+from recbole_llm.quick_start import refuse_early, run_recbole_llm
 from recbole_llm.sequences import Log
 from recbole_llm.trainer import SequenceTrainer
 from tests.oracle import Killed, Oracle, ask, distilled, prepared
+from tests.pipelines import ring_settings
 from tests.ring import shuffled
 
 SASREC = {
@@ -247,3 +248,19 @@ def test_an_unknown_treatment_is_refused(ring):
         ValueError, match="teacher_trained_rows=forget: no such choice. There is drop, drop_target, keep"
     ):
         distilled(ring, known, distill_ranking="softmax", teacher_trained_rows="forget")
+
+
+@pytest.mark.parametrize("folds", [0, 2])
+def test_lite_llm4rec_teaches_end_to_end(ring, tiny_lm, folds):
+    """The command, with one teacher for all rows or one per fold: every row is labelled, and the table says by what."""
+    settings = ring_settings(ring, "DLLM2Rec", teacher="LiteLLM4Rec", teacher_llm=str(tiny_lm), teacher_folds=folds)
+    settings |= {"teacher_epochs": 20, "teacher_lite_warmup_steps": 0, "teacher_learning_rate": 0.01}
+    settings |= {"teacher_trained_rows": "keep", "distill_ranking": "softmax", "teacher_MAX_ITEM_LIST_LENGTH": 5}
+    ran = run_recbole_llm("DLLM2Rec", "ring", config_dict=settings)
+    teacher, alone, distilled = ran["lines"]
+    assert teacher.name == "Lite-LLM4Rec (re-implementation) (teacher)" and teacher.metrics["recall@1"] == 1
+    assert teacher.notes["choices"]["backbone"] == str(tiny_lm) and "backbone" in ran["table"]
+    known = Knowledge.load(teacher.notes["knowledge"]["folder"])
+    assert len(known.row) == 540 and len(known.manifest["provenance"]["folds"]) == folds
+    assert known.trained.all() == (folds == 0) and known.manifest["scores"] == "log-probability"
+    assert distilled.name == "SASRec distilled" and alone.name == "SASRec alone"

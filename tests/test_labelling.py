@@ -12,6 +12,7 @@ from recbole_llm.labelling import Labeller, reads_windows
 from recbole_llm.sequences import Log, windows
 from recbole_llm.teacher import log_probability, rank
 from tests.oracle import Killed, prepared
+from tests.test_contract import Trained
 
 
 def teacher_of(parts, name, **settings):
@@ -134,3 +135,27 @@ def test_labelling_by_windows_goes_on_where_it_was_stopped(parts, monkeypatch):
     again = Knowledge.build(teacher, dataset, rows, 5, "parts", options)
     assert len(calls) == len(again.manifest["parts"]) - 1, "no shard was labelled twice"
     assert again.manifest["parts"] == whole.manifest["parts"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"lite_head": "tied+bias"},
+        {"lite_head": "free"},
+        {"lite_rec_pool": "mean"},
+        {"lite_item_train": "full", "lite_unfreeze_rate": 1.0, "lite_unfreeze_epochs": 1},
+        {"lite_rec_mask": "bidirectional"},
+    ],
+    ids=str,
+)
+def test_lite_llm4rec_labels_whole_windows_where_it_is_causal(ring, tiny_lm, settings):
+    trained = Trained("LiteLLM4Rec", ring, tiny_lm, epochs=2, **settings).fit()
+    log, teacher = Log.from_dataset(trained.data[0]._dataset), trained.model.eval()
+    labeller = Labeller(teacher, log, torch.arange(0, len(log.rows()), 3), 5, 64, 10)
+    assert (labeller.windows is not None) == ("lite_rec_mask" not in settings)
+    row, ours = all_labels(labeller)
+    items, score, target_score = row_by_row(teacher, log, row, 5)
+    assert torch.equal(ours["items"], items)
+    assert torch.allclose(ours["score"], score, atol=1e-4)
+    assert torch.allclose(ours["target_score"], target_score, atol=1e-4)
