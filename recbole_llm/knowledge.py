@@ -302,19 +302,24 @@ def _build(config: Any, request: Request, train_data: Any, valid_data: Any) -> K
 def _folds(config: Any, request: Request, dataset: Any, valid_data: Any, rows: Tensor) -> tuple[list, list]:
     """For each fold of users a teacher that was trained on all others, with the fold's rows among those to label; and where they are."""
     log, count = Log.from_dataset(dataset), config["teacher_folds"]
-    fold = folds_of(Names.of(dataset, log).users, count, config["teacher_seed"])
     folds, made = [], []
-    for number in range(count):
-        own = (fold == number).nonzero()[:, 0]
-        logging.getLogger().info(
-            f"Fold {number + 1} of {count}: a teacher that does not see {len(own)} of {len(fold)} users."
-        )
-        part = others(dataset, log.users[own])
+    for number, (own, part) in enumerate(fold_parts(config, dataset), start=1):
+        users = f"{len(own)} of {len(log.users)} users"
+        logging.getLogger().info(f"Fold {number} of {count}: a teacher that does not see {users}.")
         folds.append((ready(request.config, part, valid_data), rows[torch.isin(rows, rows_of(log, own))]))
         folder = folder_of(request.config, part)
         digest_of = _checkpoint_digest(folder / "model.safetensors")
         made.append({"checkpoint": str(folder), "checkpoint_digest": digest_of, "seconds": seconds_of(folder)})
     return folds, made
+
+
+def fold_parts(config: Any, dataset: Any) -> Iterator[tuple[Tensor, Any]]:
+    """Of each fold its users, by their places in the log, and the training split of all others."""
+    log, count = Log.from_dataset(dataset), config["teacher_folds"]
+    fold = folds_of(Names.of(dataset, log).users, count, config["teacher_seed"])
+    for number in range(count):
+        own = (fold == number).nonzero()[:, 0]
+        yield own, others(dataset, log.users[own])
 
 
 def rows_to_label(teacher: Any, n_rows: int, count: int, seed: int) -> Tensor:

@@ -19,6 +19,7 @@ from recbole_llm.model.dllm2rec import Distillation
 TRAIN_LLM, WRITE_LLM, READ_LLM, TRAIN_STUDENT = 1.3, 0.7, 1.6, 0.3
 PROMPT_TOKENS, TITLE_TOKENS = 150, 12
 USUAL_EPOCHS = 25  # where early stopping usually ends a student
+T5_SIZES = {"t5-small": 6e7, "t5-base": 2.2e8, "t5-large": 7.7e8}
 
 
 @dataclass
@@ -62,13 +63,7 @@ def teaching(config: Any, train_data: Any, test_rows: int, rate: float) -> list[
     name, targets = config["teacher"], len(train_data._dataset)
     rows = _some(config["teacher_rows"], targets)
     if not request.config["prompt_lead"]:
-        plan, items = [], train_data._dataset.item_num
-        if not teacher.is_ready(request.teacher_folder):
-            plan.append(training(request.config, f"{name} (teacher)", targets, items, rate))
-        if folds := config["teacher_folds"]:
-            each = training(request.config, f"{folds} teachers of folds", targets * (folds - 1), items, rate)
-            plan.append(each)
-        return plan
+        return teaching_by_model(config, request, train_data._dataset, rate)
     tuned = request.checkpoint or teacher.is_ready(request.teacher_folder)
     first = [Step(f"Take the tuned {name} from {request.checkpoint or request.teacher_folder}", None)]
     llm, tested = request.config["llm"], _some(config["teacher_eval_rows"], test_rows)
@@ -79,6 +74,53 @@ def teaching(config: Any, train_data: Any, test_rows: int, rate: float) -> list[
         writing(f"{name} labels {rows} of {targets} training rows", llm, rows, rate),
         writing(f"{name} is tested on {tested} of {test_rows} test rows", llm, tested, rate),
     ]
+
+
+def teaching_by_model(config: Any, request: knowledge.Request, dataset: Any, rate: float) -> list[Step]:
+    """Stages of a teacher that is trained on the log: training, again for every fold, labelling."""
+    own, name, targets, items = request.config, config["teacher"], len(dataset), dataset.item_num
+    plan = []
+    if request.checkpoint or teacher.is_ready(request.teacher_folder):
+        plan.append(Step(f"Take the trained {name} from {request.checkpoint or request.teacher_folder}", None))
+    else:
+        plan += [training(own, f"{name} (teacher)", targets, items, rate), *refining(own, targets, items, rate)]
+    if folds := config["teacher_folds"]:
+        parts = [part for _, part in knowledge.fold_parts(config, dataset)]
+        missing = [len(part) for part in parts if not teacher.is_ready(teacher.folder_of(own, part))]
+        for part in missing:
+            plan.append(training(own, f"{name} (teacher of one of {folds} folds)", part, items, rate))
+            plan += refining(own, part, items, rate)
+        if not missing:
+            plan.append(Step(f"Take the trained teachers of {folds} folds", None))
+    spares = "teacher_rows" in config.external_config_dict or own["p5_history"]
+    rows = _some(config["teacher_rows"], targets) if spares else targets
+    # one look forward costs a third of a step of training, and a search is many looks
+    looks = own["p5_beams"] if own["p5_history"] else 1
+    seconds = training(own, name, rows, items, rate).seconds / epochs_of(own) / 3
+    return [*plan, Step(f"{name} labels {rows} of {targets} training rows", seconds * looks)]
+
+
+def refining(config: Any, targets: int, items: int, rate: float) -> list[Step]:
+    """Phase B of Lite-LLM4Rec, if it has one: every item of a batch is read anew, forwards, backwards and forwards again."""
+    if config["lite_item_train"] in (None, "frozen") or config["lite_share_backbones"]:
+        return []
+    from recbole_llm.backbone import configuration, text_config  # rule: only runs that train an LLM import its library
+    from recbole_llm.pretrained import find
+
+    network, epochs = (
+        text_config(configuration(find(config["llm"], config["llm_revision"]))),
+        config["lite_unfreeze_epochs"],
+    )
+    read = min(items, config["train_batch_size"]) * targets / config["train_batch_size"] * TITLE_TOKENS
+    work = epochs * read * 8 * 12 * network.num_hidden_layers * network.hidden_size**2
+    what = f"Train its Item LLM, too ({config['lite_item_train']}), at most {epochs} epochs"
+    once = training(config, "", targets, items, rate).seconds / epochs_of(config)
+    return [Step(what, epochs * once + work / (rate * TRAIN_LLM))]
+
+
+def epochs_of(config: Any) -> int:
+    """As many epochs as are usual."""
+    return min(config["epochs"], USUAL_EPOCHS)
 
 
 def tuning(config: Any, targets: int, rate: float) -> list[Step]:
@@ -100,7 +142,7 @@ def writing(what: str, llm: str, rows: int, rate: float) -> Step:
 def training(config: Any, name: str, targets: int, n_items: int, rate: float) -> Step:
     """The stage of training a small sequential model, with as many epochs as are usual."""
     width, layers = size(config)
-    epochs = min(config["epochs"], USUAL_EPOCHS)
+    epochs = epochs_of(config)
     work = targets * epochs * 6 * ((config["lite_head_width"] or width) * n_items + layers * 12 * width * width)
     if config["p5_history"]:  # its encoder reads a whole history, in about two pieces per item, for every target
         weights = parameters(config["llm"]) if config["llm"] else 12 * config["p5_layers"] * config["p5_width"] ** 2
@@ -123,9 +165,11 @@ def size(config: Any) -> tuple[int, int]:
 
 
 def parameters(llm: str) -> float:
-    """Size of a language model as its name says it (`...-135M-...`); a billion if it does not."""
+    """Size of a language model as its name says it (`...-135M-...`, `t5-small`); a billion if it does not."""
     found = re.search(r"(\d+(?:\.\d+)?)\s*([mMbB])(?![a-zA-Z])", llm)
-    return float(found[1]) * (1e6 if found[2] in "mM" else 1e9) if found else 1e9
+    if not found:
+        return next((size for name, size in T5_SIZES.items() if name in llm.lower()), 1e9)
+    return float(found[1]) * (1e6 if found[2] in "mM" else 1e9)
 
 
 def multiplications_per_second(width: int = 1024, repeats: int = 8) -> float:

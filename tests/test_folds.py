@@ -264,3 +264,23 @@ def test_lite_llm4rec_teaches_end_to_end(ring, tiny_lm, folds):
     assert len(known.row) == 540 and len(known.manifest["provenance"]["folds"]) == folds
     assert known.trained.all() == (folds == 0) and known.manifest["scores"] == "log-probability"
     assert distilled.name == "SASRec distilled" and alone.name == "SASRec alone"
+
+
+def test_the_plan_says_what_is_still_to_be_trained(ring, tiny_lm):
+    settings = ring_settings(ring, "DLLM2Rec", teacher="LiteLLM4Rec", teacher_llm=str(tiny_lm), teacher_folds=2)
+    settings |= {"teacher_epochs": 1, "teacher_lite_unfreeze_epochs": 1, "teacher_lite_item_train": "full"}
+    settings |= {"distill_ranking": "softmax", "epochs": 1}
+
+    def plan():
+        return [step.what for step in run_recbole_llm("DLLM2Rec", "ring", config_dict=settings, estimate=True)["plan"]]
+
+    before = plan()
+    assert len([what for what in before if "of 2 folds" in what]) == 2
+    assert len([what for what in before if what.startswith("Train its Item LLM, too (full)")]) == 3
+    assert "LiteLLM4Rec labels 540 of 540 training rows" in before
+    run_recbole_llm("DLLM2Rec", "ring", config_dict=settings)
+    for folder in Path("saved/knowledge").iterdir():
+        (folder / "manifest.json").unlink()
+    after = plan()
+    assert after[0].startswith("Take the trained LiteLLM4Rec") and "Take the trained teachers of 2 folds" in after
+    assert not any("Item LLM" in what for what in after)
