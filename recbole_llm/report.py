@@ -1,5 +1,9 @@
-"""Tables of finished runs: metrics per model, on how many rows they rest, their uncertainty, and the time they took."""
+"""Tables of finished runs: metrics per model, on how many rows they rest, their uncertainty, and the time they took.
 
+`python -m recbole_llm.report OURS... --against THEIRS...` sets finished runs beside each other: folders of one run per seed.
+"""
+
+import argparse
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -128,15 +132,63 @@ def common_rows_table(lines: Sequence[Line], metrics: Sequence[str], topk: Seque
     return _draw(["model", "test rows", *[f"{metric.lower()}@{k}" for k in topk for metric in known]], body)
 
 
-def gain_sentence(ours: Line, theirs: Line, metric: str, k: int) -> str:
-    """What one line gains over another on all rows, with its interval and its number of rows."""
-    a, b = row_metric(ours.ranks, metric, k), row_metric(theirs.ranks, metric, k)
+def gain_sentence(ours: Sequence[Line], theirs: Sequence[Line], metric: str, k: int) -> str:
+    """What one model gains over another on all rows, with its interval and its number of rows.
+
+    Args:
+        ours: Its line, or one line per seed, whose rows are averaged.
+        theirs: Of the other one.
+        metric: One of `SINGLE_TARGET`.
+        k: Cut-off.
+    """
+    a, b = (np.mean([row_metric(line.ranks, metric, k) for line in lines], axis=0) for lines in (ours, theirs))
     gain, low, high = paired_gain(a, b)
     verdict = "a gain" if low > 0 else "a loss" if high < 0 else "no difference is shown"
+    seeds = "one seed" if len(ours) == len(theirs) == 1 else f"seeds {len(ours)} and {len(theirs)}"
     return (
-        f"{ours.name} against {theirs.name}, {metric}@{k} on {len(a)} test rows, one seed: {gain:+.1%} "
+        f"{ours[0].name} against {theirs[0].name}, {metric}@{k} on {len(a)} test rows, {seeds}: {gain:+.1%} "
         f"(95 % by paired bootstrap over rows: {low:+.1%} to {high:+.1%}; {verdict})."
     )
+
+
+def compared(ours: Sequence[Path], theirs: Sequence[Path]) -> str:
+    """Finished runs of two models beside each other.
+
+    Args:
+        ours: Run folders, one per seed.
+        theirs: Those of the other model.
+
+    Raises:
+        ValueError: A folder holds no finished run, or the runs were not tested alike.
+    """
+    lines, protocols = {}, {}
+    for folder in (*ours, *theirs):
+        try:
+            lines[folder], settings = Line.load(folder), read_json(folder / "config.json")
+        except FileNotFoundError as error:
+            raise ValueError(f"{folder}: no finished run there ({error}). Name folders in saved/runs.") from error
+        protocols[folder] = {key: settings.get(key) for key in SAME} | {"test rows": len(lines[folder].ranks)}
+    first = protocols[ours[0]]
+    for folder, protocol in protocols.items():
+        if differ := [f"{key} ({protocol[key]}, not {first[key]})" for key in first if protocol[key] != first[key]]:
+            raise ValueError(f"{folder}: was not tested as {ours[0]} was; what differs: {', '.join(differ)}.")
+    metric, _, k = first["valid_metric"].partition("@")
+    groups = [[lines[folder] for folder in folders] for folders in (ours, theirs)]
+    names = [f"{name.lower()}@{cut}" for cut in first["topk"] for name in first["metrics"]]
+    means = []
+    for group in groups:
+        cells = [[line.metrics[name] for line in group] for name in names]
+        means.append([group[0].name, str(len(group)), *map(_mean_of_seeds, cells)])
+    return f"{_draw(['model', 'seeds', *names], means)}\n{gain_sentence(*groups, metric, int(k))}"
+
+
+SAME = ("dataset", "eval_args", "seen_items", "topk", "metrics", "valid_metric", "val_interval")
+"""Settings without which two runs cannot be compared row by row."""
+
+
+def _mean_of_seeds(values: Sequence[float]) -> str:
+    mean = f"{np.mean(values):.4f}"
+    return mean if len(values) == 1 else f"{mean} ±{np.std(values, ddof=1):.4f}"
 
 
 def legality_sentences(line: Line) -> list[str]:
@@ -205,7 +257,7 @@ def summary(
         metric, _, k = valid_metric.partition("@")
         # other metrics of RecBole do not follow from one rank per row
         if metric.lower() in SINGLE_TARGET and lines[-1].rows == lines[-2].rows:
-            parts.append(gain_sentence(lines[-1], lines[-2], metric, int(k)))
+            parts.append(gain_sentence(lines[-1:], lines[-2:-1], metric, int(k)))
     for line in lines:
         parts += [*teaching_sentences(line), *legality_sentences(line), *model_sentences(line)]
     return "\n".join([*parts, protocol] if protocol else parts)
@@ -233,3 +285,19 @@ def _draw(head: list[str], body: list[list[str]]) -> str:
     table.set_cols_align(["l"] + ["r"] * (len(head) - 1))
     table.add_rows([head, *body])
     return table.draw()
+
+
+def main() -> None:
+    """The command: finished runs beside each other."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("ours", nargs="+", type=Path, help="run folders of a model, one per seed")
+    parser.add_argument("--against", nargs="+", type=Path, required=True, help="run folders of another one")
+    asked = parser.parse_args()
+    try:
+        print(compared(asked.ours, asked.against))
+    except ValueError as error:
+        parser.exit(2, f"{error}\n")
+
+
+if __name__ == "__main__":
+    main()

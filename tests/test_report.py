@@ -11,10 +11,11 @@ from recbole.config import Config
 from recbole.evaluator import Evaluator
 from recbole.evaluator.collector import DataStruct
 
-from recbole_llm.artifacts import DamagedArtifact, read_json
+from recbole_llm.artifacts import DamagedArtifact, read_json, write_json
 from recbole_llm.report import (
     Line,
     common_rows_table,
+    compared,
     gain_sentence,
     half_width,
     legality_sentences,
@@ -185,10 +186,10 @@ def test_metrics_that_need_more_than_a_rank_are_left_out_of_the_common_table():
 
 def test_the_gain_is_said_with_rows_seed_and_verdict():
     better, worse = line("new", [0] * 60 + [-1] * 20), line("old", [0] * 30 + [-1] * 50)
-    said = gain_sentence(better, worse, "NDCG", 10)
+    said = gain_sentence([better], [worse], "NDCG", 10)
     assert said.startswith("new against old, NDCG@10 on 80 test rows, one seed: +100.0%") and "; a gain)" in said
-    assert "; a loss)" in gain_sentence(worse, better, "NDCG", 10)
-    assert "; no difference is shown)" in gain_sentence(worse, worse, "NDCG", 10)
+    assert "; a loss)" in gain_sentence([worse], [better], "NDCG", 10)
+    assert "; no difference is shown)" in gain_sentence([worse], [worse], "NDCG", 10)
 
 
 def test_the_summary_holds_everything_that_a_run_says():
@@ -278,3 +279,34 @@ def test_the_protocol_and_the_rows_of_a_teacher_are_said():
     (said,) = teaching_sentences(line("BIGRec", notes={"knowledge": facts}))
     assert "trained on 384 and labelled 1200 of 97171 training rows" in said and said.endswith("saved/knowledge/x")
     assert teaching_sentences(line()) == []
+
+
+def run_of(folder, name, ranks, **settings):
+    """A finished run's folder."""
+    folder.mkdir()
+    metrics = {"ndcg@10": float(row_metric(ranks, "ndcg", 10).mean())}
+    Line(name, metrics, ranks).save(folder)
+    write_json(
+        folder / "config.json",
+        {"dataset": "ring", "metrics": ["NDCG"], "topk": [10], "valid_metric": "NDCG@10"} | settings,
+    )
+    return folder
+
+
+def test_runs_of_several_seeds_stand_beside_each_other(tmp_path):
+    """Rows are averaged over seeds before they are compared: 1 and 0 in a row are 0.5."""
+    ours = [run_of(tmp_path / "a", "A", [0, -1] * 20), run_of(tmp_path / "b", "A", [0, 0] * 20)]
+    theirs = [run_of(tmp_path / "c", "B", [0, -1] * 20)]
+    said = compared(ours, theirs)
+    assert "0.7500 ±0.3536" in said and "0.5000" in said
+    assert "A against B, NDCG@10 on 40 test rows, seeds 2 and 1: +50.0 %" in said.replace("%", " %").replace("  ", " ")
+
+
+def test_runs_that_were_tested_otherwise_are_refused(tmp_path):
+    ours = run_of(tmp_path / "a", "A", [0, 1])
+    with pytest.raises(ValueError, match="b: was not tested as .*a was; what differs: seen_items \\(mask, not None\\)"):
+        compared([ours], [run_of(tmp_path / "b", "B", [0, 1], seen_items="mask")])
+    with pytest.raises(ValueError, match="test rows \\(3, not 2\\)"):
+        compared([ours], [run_of(tmp_path / "c", "B", [0, 1, 2])])
+    with pytest.raises(ValueError, match="nowhere: no finished run there"):
+        compared([ours], [tmp_path / "nowhere"])
