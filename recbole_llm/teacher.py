@@ -72,7 +72,7 @@ def rank(model: SequentialRecommender, batch: Any, k: int) -> tuple[Tensor, Tens
     Returns:
         items [B, k], their score [B, k], score of the target [B]; the padding id is never among the items. A model that
         re-weights its ranking (`plain_scores`) is asked for the scores before that: they say how sure it is. What RecBole's own models
-        say is known up to a number per row only, and becomes a log-probability.
+        say is known up to a number per row only, and becomes a log-probability; a few (RepeatNet) say probabilities already.
     """
     scores = model.full_sort_predict(batch).view(len(batch), -1).float()
     scores = scores.clone() if isinstance(model, Teacher) else log_probability(scores)
@@ -84,8 +84,11 @@ def rank(model: SequentialRecommender, batch: Any, k: int) -> tuple[Tensor, Tens
 
 
 def log_probability(scores: Tensor) -> Tensor:
-    """Log softmax over real items, -inf for the padding item. Args: scores [B, n_items]."""
-    scores = scores.float().index_fill(1, torch.zeros(1, dtype=torch.long, device=scores.device), float("-inf"))
+    """Log softmax over real items, -inf for the padding item; rows that are probabilities keep their ratios. Args: scores [B, n_items]."""
+    scores = scores.float()
+    if bool((scores >= 0).all()) and bool(((scores.sum(dim=1) - 1).abs() < 1e-3).all()):
+        scores = scores.clamp_min(torch.finfo(scores.dtype).tiny).log()
+    scores = scores.index_fill(1, torch.zeros(1, dtype=torch.long, device=scores.device), float("-inf"))
     return torch.log_softmax(scores, dim=1)
 
 

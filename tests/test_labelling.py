@@ -114,6 +114,20 @@ def test_scores_of_recboles_models_become_log_probabilities():
     assert torch.allclose(log_probability(scores + 5)[0, 1:], found[0, 1:], atol=1e-5)
 
 
+def test_scores_that_are_probabilities_are_taken_as_such(parts):
+    """Of RepeatNet, whose scores sum to 1: another softmax would flatten them."""
+    found = log_probability(torch.tensor([[0.1, 0.7, 0.2, 0.0]]))
+    assert found[0, 1:3].exp().tolist() == pytest.approx([0.7 / 0.9, 0.2 / 0.9], abs=1e-4)
+    assert torch.isfinite(found[0, 3])
+    log, teacher = Log.from_dataset(parts.train._dataset), teacher_of(parts, "RepeatNet")
+    _, score, _ = row_by_row(teacher, log, torch.arange(12), 24)
+    batch = Labeller(teacher, log, torch.arange(12), 24, 8, 10)._batch(torch.arange(12))
+    with torch.no_grad():
+        said = teacher.full_sort_predict(batch)[:, 1:]
+    said = (said / said.sum(dim=1, keepdim=True)).sort(dim=1, descending=True).values
+    assert torch.allclose(score.exp(), said, atol=1e-5)
+
+
 def test_labelling_by_windows_goes_on_where_it_was_stopped(parts, monkeypatch):
     monkeypatch.setattr(labelling, "ROWS_OF_A_SHARD", 40)
     dataset, teacher = parts.train._dataset, teacher_of(parts, "SASRec")
