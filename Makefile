@@ -41,9 +41,10 @@ bench: $(READY) ## Speed and memory as ratios within one run; prints tables, wri
 	$(BIN)/python -m tests.bench.serving
 	$(BIN)/python -m tests.bench.beams
 
-bench-full: $(READY) ## Time to RecBole's quality, and quality after convergence; hours, resumable
+bench-full: $(READY) ## Time to RecBole's quality, quality after convergence, phase A of Lite-LLM4Rec; hours, resumable
 	$(BIN)/python -m tests.bench.time_to
 	$(BIN)/python -m tests.bench.convergence
+	$(BIN)/python -m tests.bench.phase_a
 
 tune: $(READY) ## The tuned baselines again: hours, resumable, finished trials are taken from tests/bench/tuned
 	$(BIN)/python -m tests.bench.tune

@@ -127,6 +127,29 @@ def fault_of_scores(model) -> str | None:
         return f"{type(error).__name__}: {error}"
 
 
+def fault_of_loss(model, network) -> str | None:
+    """Why a model's own loss is not the cross entropy of its network's states with the network's item table; None if it is.
+
+    Args:
+        model: A RecBole sequential model.
+        network: What makes its states; the model itself, or a part of it.
+    """
+    name, weight = type(network).__name__, getattr(getattr(network, "item_embedding", None), "weight", None)
+    if weight is None or len(weight) != network.n_items:
+        return f"{name} has no item_embedding table of one row per item"
+    try:
+        with undisturbed(model):
+            batch = sample_rows(model)
+            logits = network.forward(**forward_arguments(network, batch)) @ weight.T
+            ours = functional.cross_entropy(logits, batch[model.POS_ITEM_ID])
+            own = model.calculate_loss(batch)
+    except Exception as error:  # a loss that needs other columns cannot be compared
+        return f"{name}'s own loss could not be compared ({type(error).__name__}: {error})"
+    if not torch.is_tensor(own) or not torch.allclose(own, ours, rtol=1e-4):
+        return f"{name}'s own loss is more than the cross entropy of its states with its item table"
+    return None
+
+
 @contextmanager
 def undisturbed(model) -> Iterator[None]:
     """While this lasts, a model is in evaluation mode; its mode and all random number generators come back after it."""

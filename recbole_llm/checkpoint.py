@@ -31,6 +31,7 @@ from recbole_llm.artifacts import (
     write_json,
     write_tensors,
 )
+from recbole_llm.item_text import ItemText
 
 SUFFIX = ".safetensors"
 _OTHER = "other_parameter."
@@ -165,6 +166,17 @@ def config_from_settings(settings: Mapping[str, Any], external: Mapping[str, Any
         config.model_class = None  # given as a class of the user's own; they build the model themselves
     config._init_device()
     return config
+
+
+def catalogue(dataset: Any) -> dict[str, Any]:
+    """What `recommend` needs to answer without data: item tokens and titles by internal id, number of users."""
+    field = dataset.config["title_field"]
+    loaded = field and dataset.item_feat is not None and field in dataset.item_feat
+    return {
+        "items": [str(token) for token in dataset.field2id_token[dataset.iid_field]],
+        "titles": ItemText.from_dataset(dataset, field).titles if loaded else [],
+        "n_users": dataset.user_num,
+    }
 
 
 def resume_file(path: str | Path) -> Path:

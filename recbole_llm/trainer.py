@@ -15,16 +15,14 @@ import torch
 from recbole.trainer import Trainer
 from recbole.utils import ModelType, get_local_time, get_trainer
 from torch import Tensor
-from torch.nn import functional
 
 from recbole_llm import checkpoint
 from recbole_llm.artifacts import DamagedArtifact
-from recbole_llm.causality import forward_arguments, is_causal, sample_rows, states, undisturbed
+from recbole_llm.causality import fault_of_loss, forward_arguments, is_causal, states
 from recbole_llm.checkpoint import config_from_settings, read_checkpoint, write_checkpoint
 from recbole_llm.config import shared
 from recbole_llm.evaluation import KeepsRanks, refuse_unmaskable, scored_by_length, seen_items_of
 from recbole_llm.hooks import replaced
-from recbole_llm.item_text import ItemText
 from recbole_llm.layers import fast_layers, fuse_optimizer
 from recbole_llm.losses import CatalogueLoss
 from recbole_llm.sequences import Fields, Log, WindowLoader, row_positions, windows
@@ -149,21 +147,7 @@ class SequenceTrainer(Trainer):
             return f"loss_type={self.config['loss_type']} is no cross entropy over all items"
         if self.config["train_neg_sample_args"]["distribution"] != "none":
             return "train_neg_sample_args asks for sampled negatives"
-        name, table = type(self.network).__name__, getattr(self.network, "item_embedding", None)
-        weight = getattr(table, "weight", None)
-        if weight is None or len(weight) != self.network.n_items:
-            return f"{name} has no item_embedding table of one row per item"
-        try:
-            with undisturbed(self.model):
-                batch = sample_rows(self.model)
-                logits = self.network.forward(**forward_arguments(self.network, batch)) @ weight.T
-                ours = functional.cross_entropy(logits, batch[self.model.POS_ITEM_ID])
-                own = self.model.calculate_loss(batch)
-        except Exception as error:  # a loss that needs other columns cannot be compared
-            return f"{name}'s own loss could not be compared ({type(error).__name__}: {error})"
-        if not torch.is_tensor(own) or not torch.allclose(own, ours, rtol=1e-4):
-            return f"{name}'s own loss is more than the cross entropy of its states with its item table"
-        return None
+        return fault_of_loss(self.model, self.network)
 
     def model_state(self) -> dict[str, Tensor]:
         """The state that a checkpoint holds."""
@@ -343,18 +327,8 @@ class SequenceTrainer(Trainer):
 
     @cached_property
     def _catalogue(self) -> dict[str, Any]:
-        """What `recommend` needs to answer without data: item tokens and titles by internal id, number of users."""
-        data = self.dataset
-        if data is None:  # nothing was trained, so no data have been seen
-            return {"items": []}
-        field = self.config["title_field"]
-        loaded = field and data.item_feat is not None and field in data.item_feat
-        titles = ItemText.from_dataset(data, field).titles if loaded else []
-        return {
-            "items": [str(token) for token in data.field2id_token[data.iid_field]],
-            "titles": titles,
-            "n_users": data.user_num,
-        }
+        """What a checkpoint says of the items; nothing was trained where no data have been seen."""
+        return {"items": []} if self.dataset is None else checkpoint.catalogue(self.dataset)
 
     def resume_checkpoint(self, resume_file):
         """Let the next `fit` go on where the training that wrote this checkpoint was after its last evaluated epoch.
