@@ -15,6 +15,7 @@ from recbole_llm import pretrained
 
 CELLS = 1 << 24
 """Most scores (prefixes times vocabulary) that exist at a time."""
+LOCAL = {"local_files_only": True, "trust_remote_code": False}
 
 
 def build(vocabulary: int, layers: int, width: int, heads: int, inner: int, dropout: float) -> nn.Module:
@@ -38,34 +39,56 @@ def build(vocabulary: int, layers: int, width: int, heads: int, inner: int, drop
     return transformers.T5ForConditionalGeneration(config)
 
 
-def load(name: str, revision: str | None = None, weights: bool = True) -> tuple[nn.Module, Any]:
+def load(name: str, revision: str | None = None) -> tuple[nn.Module, Any]:
     """A T5 checkpoint and its tokenizer, found as `pretrained.find` does.
 
     Args:
         name: Folder, or standard name on the Hugging Face hub.
         revision: Branch, tag or commit on the hub.
-        weights: Whether its weights are wanted; otherwise they are random.
 
     Raises:
         pretrained.ModelNotFound: No source has it.
         ValueError: It is no T5.
     """
+    folder, _ = _found(name, revision)
+    # the checkpoint itself knows whether its output layer is tied: transformers 5 compares the weights
+    network = transformers.T5ForConditionalGeneration.from_pretrained(
+        folder, dtype=torch.float32, use_safetensors=True, **LOCAL
+    )
+    if network.lm_head.weight is not network.shared.weight:
+        untie(network)
+    return network, transformers.AutoTokenizer.from_pretrained(folder, **LOCAL)
+
+
+def blank(name: str, revision: str | None, vocabulary: int) -> nn.Module:
+    """A network like a checkpoint's, with random weights and another number of words; arguments and errors are those of `load`."""
+    _, config = _found(name, revision)
+    config.vocab_size = vocabulary
+    return transformers.T5ForConditionalGeneration(config)
+
+
+def untie(network: nn.Module) -> None:
+    """Give the output layer a weight of its own.
+
+    transformers 5 believes of every T5 that its output layer is tied to the token table: it ties them when it constructs a network,
+    and again when it resizes one, even one whose checkpoint it has loaded untied.
+    """
+    if network.lm_head.weight is network.shared.weight:
+        network.lm_head.weight = nn.Parameter(network.shared.weight.detach().clone())
+    # what resizing looks at; whether states are scaled is a setting of its own
+    network.config.tie_word_embeddings = False
+
+
+def _found(name: str, revision: str | None) -> tuple[Any, Any]:
+    """Folder and Hugging Face config of a T5 checkpoint."""
     folder = pretrained.find(name, revision)
-    local = {"local_files_only": True, "trust_remote_code": False}
-    config = transformers.AutoConfig.from_pretrained(folder, **local)
+    config = transformers.AutoConfig.from_pretrained(folder, **LOCAL)
     if config.model_type != "t5":
         raise ValueError(
             f"llm={name}: is a model of type {config.model_type}; P5 reads and writes with an encoder-decoder of type t5, such as "
             "t5-small or google/flan-t5-small. Set llm to one, or leave it empty for a small T5 of its own."
         )
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **local)
-    if not weights:
-        return transformers.T5ForConditionalGeneration(config), tokenizer
-    # the checkpoint itself knows whether its output layer is tied
-    network = transformers.T5ForConditionalGeneration.from_pretrained(
-        folder, dtype=torch.float32, use_safetensors=True, **local
-    )
-    return network, tokenizer
+    return folder, config
 
 
 def words_of(tokenizer: Any, texts: list[str]) -> list[list[int]]:

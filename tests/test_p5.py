@@ -1,6 +1,8 @@
 """P5: ids that leak nothing, beams that are items only, exact scores, and learning, on the ring and on a log of chance."""
 
+import json
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -61,6 +63,24 @@ def tiny_t5(tmp_path_factory):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         t5.build(len(words), 1, 32, 2, 64, 0.0).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def untied_t5(tiny_t5, tmp_path_factory):
+    """The same with an output layer of its own and states that are not scaled, its config as flan-t5's says so."""
+    from transformers import T5ForConditionalGeneration
+
+    folder = tmp_path_factory.mktemp("untied_t5")
+    shutil.copytree(tiny_t5, folder, dirs_exist_ok=True)
+    network = T5ForConditionalGeneration.from_pretrained(tiny_t5)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        network.lm_head.weight = torch.nn.Parameter(0.1 * torch.randn_like(network.lm_head.weight))
+    network.save_pretrained(folder)
+    settings = json.loads((folder / "config.json").read_text())
+    del settings["scale_decoder_outputs"]
+    (folder / "config.json").write_text(json.dumps(settings | {"tie_word_embeddings": False}))
     return folder
 
 
@@ -290,10 +310,12 @@ def test_as_many_beams_as_items_are_exact(ring, index):
     assert (total <= 1 + 1e-4).all() and (total > 0).all()
 
 
+@pytest.mark.parametrize("folder", ["tiny_t5", "untied_t5"])
 @pytest.mark.parametrize("index", INDEXES)
-def test_decoding_is_that_of_the_network_itself(ring, tiny_t5, index):
+def test_decoding_is_that_of_the_network_itself(ring, request, folder, index):
     """Scores are what Hugging Face's own forward gives when it is fed each item's code."""
-    model = Trained("P5", ring, None, p5_index=index, llm=str(tiny_t5), p5_score="exact").model.eval()
+    folder = request.getfixturevalue(folder)
+    model = Trained("P5", ring, None, p5_index=index, llm=str(folder), p5_score="exact").model.eval()
     batch = Trained("P5", ring, None).batch(4)
     with torch.no_grad():
         scores = model.full_sort_predict(batch)
@@ -417,6 +439,19 @@ def test_a_saved_p5_recommends_without_data(ring, tiny_t5, llm):
     assert len(best) == 3
     if not llm:
         assert best[0].token == following(TOKENS[6])
+
+
+@pytest.mark.parametrize("index", ["random", "collaborative"])
+def test_an_output_layer_of_its_own_stays_one(ring, untied_t5, index):
+    """New words (collaborative), training, saving and loading without data leave it apart from the token table."""
+    trained = Trained("P5", ring, None, llm=str(untied_t5), p5_index=index, p5_score="exact", epochs=1).fit()
+    trained.trainer.evaluate(trained.data[2], load_best_model=True)
+    saved = load_recommender(trained.trainer.saved_model_file).model
+    own, theirs = ((model.network.lm_head.weight, model.network.shared.weight) for model in (trained.model, saved))
+    assert not torch.equal(*own) and all(torch.equal(*pair) for pair in zip(own, theirs, strict=True))
+    batch = trained.batch(20)
+    assert torch.equal(trained.scores(batch), saved.full_sort_predict(batch))
+    assert (len(own[0]) > 197) == (index == "collaborative")
 
 
 def test_it_ranks_and_has_vectors_as_a_teacher(ring):

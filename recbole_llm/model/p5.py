@@ -153,23 +153,15 @@ class P5(Teacher):
         lead, link, comma = t5.words_of(tokenizer, ["user", "history :", ","])
         return network, [[*code, END] for code in items], users, [lead, link, comma, [END]]
 
-    def _network(self, vocabulary: int, weights: bool = True) -> nn.Module:
-        """A T5 as the settings want it; without `weights` only of the right shape."""
+    def _network(self, vocabulary: int) -> nn.Module:
+        """A T5 of random weights as the settings want it."""
         from recbole_llm import t5
 
         config = self.config
-        if not config["llm"]:
-            return t5.build(
-                vocabulary,
-                layers=config["p5_layers"],
-                width=config["p5_width"],
-                heads=config["p5_heads"],
-                inner=config["p5_inner"],
-                dropout=config["p5_dropout"],
-            )
-        network = t5.load(config["llm"], config["llm_revision"], weights)[0]
-        network.resize_token_embeddings(vocabulary)
-        return network
+        if config["llm"]:
+            return t5.blank(config["llm"], config["llm_revision"], vocabulary)
+        sizes = {name: config[f"p5_{name}"] for name in ("layers", "width", "heads", "inner", "dropout")}
+        return t5.build(vocabulary, **sizes)
 
     def _build(self, network: nn.Module, items: list, users: list, words: list) -> None:
         if not is_prefix_free(items):
@@ -353,8 +345,12 @@ class P5(Teacher):
             self.register_buffer(name, state[name].clone().to(self.device))
         vocabulary = len(state["network.shared.weight"])
         if self.network is None or self.network.config.vocab_size != vocabulary:
-            self._take(self._network(vocabulary, weights=False).to(self.device))
-            self.to(self.device)
+            self._take(self._network(vocabulary))
+        if not torch.equal(state["network.lm_head.weight"], state["network.shared.weight"]):
+            from recbole_llm import t5
+
+            t5.untie(self.network)
+        self.to(self.device)
         result = super().load_state_dict(state, strict, assign)
         self._index()
         return result
