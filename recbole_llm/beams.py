@@ -17,7 +17,7 @@ class Steps(Protocol):
     """Token before the first one."""
 
     def step(self, tokens: Tensor, parents: Tensor | None) -> Tensor:
-        """States [B, K, d] after one more token [B, K], each behind one of the prefixes of the step before [B, K]."""
+        """States [B, K, d] after one more token [B, K], each behind one of the prefixes of the step before [B, K]; None begins anew."""
 
     def log_p(self, states: Tensor, wanted: Tensor) -> Tensor:
         """Log-probability of the wanted tokens [B, K, C] (or the same for all rows [K, C]) after states [B, K, d]."""
@@ -154,3 +154,22 @@ def exact(steps: Steps, trie: CodeTrie, rows: int) -> Tensor:
         gain = steps.log_p(steps.step(tokens.expand(rows, -1), parents), trie.child_token[row])
         total[:, trie.child_node[row][there]] = (total[:, inner][..., None] + gain)[:, there]
     return total[:, trie.leaf]
+
+
+def forced(steps: Steps, codes: Tensor) -> Tensor:
+    """Log-probability of one given code per row, whatever a search would find.
+
+    Args:
+        steps: What is decoded with.
+        codes: Filled up with 0 on the right [B, L].
+
+    Returns:
+        [B].
+    """
+    total = torch.zeros(len(codes), device=codes.device)
+    tokens, parents = torch.full_like(codes[:, :1], steps.start), None
+    for wanted in codes.unsqueeze(2).unbind(1):
+        gain = steps.log_p(steps.step(tokens, parents), wanted.unsqueeze(1))[:, 0, 0]
+        total = total + gain.masked_fill(wanted[:, 0] == 0, 0.0)
+        tokens, parents = wanted, torch.zeros_like(wanted)
+    return total

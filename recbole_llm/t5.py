@@ -133,7 +133,9 @@ class Decoder:
         return states.unflatten(2, (self.heads, -1)).transpose(1, 2)
 
     def step(self, tokens: Tensor, parents: Tensor | None) -> Tensor:
-        """States [B, K, d] after one more token [B, K], each behind one of the prefixes of the step before [B, K]."""
+        """States [B, K, d] after one more token [B, K], each behind one of the prefixes of the step before [B, K]; None begins anew."""
+        if parents is None:
+            self.written, self.length = [], 0
         self.length += 1
         states = self.network.get_input_embeddings()(tokens)
         first = self.blocks[0].layer[0].SelfAttention

@@ -60,6 +60,18 @@ class Teacher(SequentialRecommender):
         """One vector per item by internal id, row 0 padding [n_items, d]."""
         raise NotImplementedError
 
+    def candidates(self, batch: Any, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What `rank` gives of it. A teacher only some of whose items have a score of their own overrides this.
+
+        A teacher that re-weights its ranking (`plain_scores`) is asked for the scores before that: they say how sure it is.
+
+        Returns:
+            items [B, k], best first, 0 where there is no further candidate; their score [B, k], finite, that of the last candidate
+            where there is none; score of the target [B].
+        """
+        scores = self.full_sort_predict(batch).view(len(batch), -1).float()
+        return best_of(scores, batch[self.ITEM_ID], k, getattr(self, "plain_scores", None))
+
 
 def rank(model: SequentialRecommender, batch: Any, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """A model's best items for every row of a batch.
@@ -70,17 +82,22 @@ def rank(model: SequentialRecommender, batch: Any, k: int) -> tuple[Tensor, Tens
         k: Items per row, at most the size of the catalogue.
 
     Returns:
-        items [B, k], their score [B, k], score of the target [B]; the padding id is never among the items. A model that
-        re-weights its ranking (`plain_scores`) is asked for the scores before that: they say how sure it is. What RecBole's own models
-        say is known up to a number per row only, and becomes a log-probability; a few (RepeatNet) say probabilities already.
+        items [B, k], their score [B, k], score of the target [B]; only a Teacher may have fewer candidates, and then 0 among the items.
+        What RecBole's own models say is known up to a number per row only, and becomes a log-probability; a few (RepeatNet) say
+        probabilities already.
     """
-    scores = model.full_sort_predict(batch).view(len(batch), -1).float()
-    scores = scores.clone() if isinstance(model, Teacher) else log_probability(scores)
-    scores[:, 0] = float("-inf")
+    if isinstance(model, Teacher):
+        return model.candidates(batch, k)
+    scores = log_probability(model.full_sort_predict(batch).view(len(batch), -1))
+    return best_of(scores, batch[model.ITEM_ID], k)
+
+
+def best_of(scores: Tensor, target: Tensor, k: int, plain: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """The k best real items by `scores` [B, n_items], their `plain` score (the same, if there is none) and that of the target [B]."""
+    scores = scores.index_fill(1, torch.zeros(1, dtype=torch.long, device=scores.device), float("-inf"))
     items = scores.topk(k, dim=1).indices
-    plain = getattr(model, "plain_scores", None)
     plain = scores if plain is None else plain
-    return items, plain.gather(1, items), plain.gather(1, batch[model.ITEM_ID].unsqueeze(1)).squeeze(1)
+    return items, plain.gather(1, items), plain.gather(1, target.unsqueeze(1)).squeeze(1)
 
 
 def log_probability(scores: Tensor) -> Tensor:

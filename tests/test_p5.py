@@ -13,7 +13,7 @@ from recbole.config import Config
 from recbole.data import create_dataset, data_preparation
 from recbole.utils import get_model
 
-from recbole_llm.beams import CodeTrie, exact, search
+from recbole_llm.beams import CodeTrie, exact, forced, search
 from recbole_llm.checkpoint import read_checkpoint
 from recbole_llm.indexing import (
     INDEXES,
@@ -30,6 +30,7 @@ from recbole_llm.plan import training
 from recbole_llm.quick_start import run_recbole_llm
 from recbole_llm.recommend import load_recommender
 from recbole_llm.teacher import item_table, rank
+from tests.oracle import ask, distilled, prepared
 from tests.pipelines import ring_settings
 from tests.ring import TOKENS, following, shuffled
 from tests.test_contract import Trained
@@ -246,6 +247,8 @@ def test_exact_scores_are_the_sums_of_each_code_and_all_beams_agree_with_them():
     items, score = search(spoken, trie, 3, len(CODES))
     assert torch.allclose(score, scores.gather(1, items)) and (score.diff(dim=1) <= 0).all()
     assert items.sort(dim=1).values.tolist() == [list(range(1, 9))] * 3
+    chosen = torch.tensor([4, 6, 1])
+    assert torch.allclose(forced(spoken, padded_codes(CODES)[chosen]), scores[torch.arange(3), chosen], atol=1e-5)
 
 
 @pytest.mark.parametrize("beams", range(1, 8))
@@ -462,6 +465,36 @@ def test_it_ranks_and_has_vectors_as_a_teacher(ring):
     table = item_table(trained.model)
     assert table.shape == (25, 32) and not table[0].any() and table[1:].std() > 0
     assert trained.model.work(torch.tensor([[1, 2, 0, 0, 0, 0], [1, 2, 3, 4, 5, 6]])).tolist() == [2, 4]
+
+
+@pytest.mark.parametrize("index", INDEXES)
+def test_what_is_no_beam_is_no_candidate_and_the_target_has_its_own_score(ring, index):
+    model = Trained("P5", ring, None, p5_index=index, p5_beams=10, epochs=1).fit().model
+    batch = Trained("P5", ring, None).batch(30)
+    best = model.full_sort_predict(batch).topk(10)
+    items, score, target = rank(model, batch, 15)
+    assert torch.equal(items[:, :10], best.indices) and torch.allclose(score[:, :10], best.values, atol=1e-5)
+    assert not items[:, 10:].any() and torch.equal(score[:, 10:], score[:, 9:10].expand(-1, 5))
+    fewer = rank(model, batch, 4)
+    assert torch.equal(fewer[0], items[:, :4]) and torch.equal(fewer[2], target)
+    model.exact = True
+    own = batch["item_id"].unsqueeze(1)
+    assert not (items == own).any(dim=1).all()
+    assert torch.allclose(target, model.full_sort_predict(batch).gather(1, own).squeeze(1), atol=1e-4)
+    assert (rank(model, batch, 15)[0] > 0).all()
+
+
+@pytest.mark.parametrize("ranking", ["softmax", "kl"])
+@pytest.mark.parametrize("confidence", ["truth", "candidate"])
+def test_a_student_learns_from_rows_with_fewer_candidates(ring, ranking, confidence):
+    settings = {"distill_ranking": ranking, "distill_confidence": confidence, "distill_topk": 20}
+    parts = prepared(ring, **settings)
+    known = ask(parts, "kn", Trained("P5", ring, None, p5_beams=10).model.eval(), rows=100, k=20)
+    assert not known.items[:, 10:].any() and torch.isfinite(known.score).all()
+    taught = distilled(ring, known, epochs=2, teacher_trained_rows="keep", **settings)
+    assert taught.trainer.attached.items.shape[1] == 20 and taught.trainer.attached.labelled == 100
+    assert all(np.isfinite(losses).all() for losses in taught.trainer.train_loss_dict.values())
+    assert all(torch.isfinite(weight).all() for weight in taught.model.parameters())
 
 
 def test_a_student_learns_from_it(ring):

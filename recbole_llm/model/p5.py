@@ -21,7 +21,7 @@ from recbole.utils import InputType
 from torch import Tensor, nn
 from torch.nn import functional
 
-from recbole_llm.beams import CodeTrie, exact, search
+from recbole_llm.beams import CodeTrie, exact, forced, search
 from recbole_llm.config import check_topk, choice
 from recbole_llm.indexing import (
     INDEXES,
@@ -287,21 +287,23 @@ class P5(Teacher):
             count += int((labels > 0).sum())
         return total / count
 
-    @torch.no_grad()
-    def full_sort_predict(self, interaction):
-        """Log-probability of every item's id, or of the beams' alone and all other items below them [B, n_items]."""
+    def _decoders(self, interaction: Any) -> Iterator[tuple[Tensor, Any, Any]]:
+        """Rows of like length on the model's device [b], these rows as a batch, and what decodes behind their prompts."""
         from recbole_llm.t5 import Decoder
 
-        scores = torch.empty(len(interaction), self.n_items, device=self.device)
         wide = max(self.trie.widths[:-1], default=1)
         for rows, batch in self._pieces(interaction, wide if self.exact else min(wide, self.beams)):
             tokens, places = self.prompt(batch)
             mask = tokens > 0
-            with self._autocast():
-                memory = self.network.encoder(
-                    inputs_embeds=self._embedded(tokens, places), attention_mask=mask.long()
-                ).last_hidden_state
-                decoder = Decoder(self.network, memory, mask)
+            memory = self.network.encoder(inputs_embeds=self._embedded(tokens, places), attention_mask=mask.long())
+            yield rows.to(self.device), batch, Decoder(self.network, memory.last_hidden_state, mask)
+
+    @torch.no_grad()
+    def full_sort_predict(self, interaction):
+        """Log-probability of every item's id, or of the beams' alone and all other items below them [B, n_items]."""
+        scores = torch.empty(len(interaction), self.n_items, device=self.device)
+        with self._autocast():
+            for rows, _, decoder in self._decoders(interaction):
                 if self.exact:
                     found = exact(decoder, self.trie, len(rows))
                     found[:, 0] = found[:, 1:].min(dim=1).values - 1
@@ -309,8 +311,24 @@ class P5(Teacher):
                     items, score = search(decoder, self.trie, len(rows), self.beams)
                     below = score.min(dim=1, keepdim=True).values - 1
                     found = (below - self.place).scatter(1, items, score)
-            scores[rows.to(self.device)] = found
+                scores[rows] = found
         return scores
+
+    @torch.no_grad()
+    def candidates(self, batch, k):
+        """Like a Teacher's; under `beam` candidates are beams only, and the target has its log-probability also where it is none."""
+        if self.exact:
+            return super().candidates(batch, k)
+        items = torch.zeros(len(batch), k, dtype=torch.long, device=self.device)
+        score, target = torch.empty(len(batch), k, device=self.device), torch.empty(len(batch), device=self.device)
+        with self._autocast():
+            for rows, part, decoder in self._decoders(batch):
+                beams, found = (each[:, :k] for each in search(decoder, self.trie, len(rows), self.beams))
+                there = beams.shape[1]
+                items[rows, :there] = beams
+                score[rows, :there], score[rows, there:] = found, found[:, -1:]
+                target[rows] = forced(decoder, self.item_codes[part[self.ITEM_ID]])
+        return items, score, target
 
     def predict(self, interaction):
         """Score of the batch's own items [B]."""
