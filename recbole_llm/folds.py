@@ -41,22 +41,40 @@ def others(dataset: Any, users: Tensor) -> Any:
     return dataset.copy(dataset.inter_feat[kept.nonzero()[:, 0]])
 
 
-def refuse_user_tables(model: nn.Module, users: int) -> None:
-    """Refuse a teacher of folds that learns a vector per user: for the users it is to label it would have none.
+def refuse_user_tables(model: nn.Module, users: int, folds: int) -> None:
+    """Refuse a teacher of folds that learns users by their ids: of the users it is to label it would have learned nothing.
 
     Args:
         model: The teacher.
         users: Users of the data, padding included.
+        folds: `teacher_folds`.
 
     Raises:
-        ValueError: It has such a table.
+        ValueError: It does so.
     """
-    for name, table in model.named_modules():
-        if isinstance(table, nn.Embedding) and table.num_embeddings == users and "item" not in name:
-            raise ValueError(
-                f"teacher_folds: {type(model).__name__} learns a vector of every user ({name}), and a fold's users are not among those "
-                "its teacher is trained on; there is teacher_folds=0. Set it, or choose a teacher that knows users by their histories."
-            )
+    table = user_table(model, users)
+    learned = f"a vector of every user ({table})" if table else getattr(model, "learns_users", None)
+    if learned:
+        raise ValueError(
+            f"teacher_folds={folds}: {type(model).__name__} learns {learned}, and a fold's users are not among those its teacher is "
+            "trained on; there is teacher_folds=0. Set it, or choose a teacher that knows users by their histories."
+        )
+
+
+def user_table(model: nn.Module, users: int) -> str | None:
+    """Name of a table or parameter of as many rows as there are users, padding included, that is called theirs; None if there is none.
+
+    The number alone does not tell: a table of positions may be as long.
+    """
+    tables = {name: each.weight for name, each in model.named_modules() if isinstance(each, nn.Embedding)}
+    # a layer's weight is none, whatever the layer is called
+    tables |= {name: each for name, each in model.named_parameters() if is_of_users(name.rpartition(".")[2])}
+    return next((name for name, table in tables.items() if is_of_users(name) and table.shape[:1] == (users,)), None)
+
+
+def is_of_users(name: str) -> bool:
+    """Whether a table's name is one for users; `UI_emb` is FPMC's."""
+    return "user" in name.lower() or name.endswith("UI_emb")
 
 
 def rows_of(log: Log, users: Tensor) -> Tensor:

@@ -280,7 +280,7 @@ def _build(config: Any, request: Request, train_data: Any, valid_data: Any) -> K
     rows = rows_to_label(teacher, n_rows, config["teacher_rows"] if spares else 0, config["teacher_seed"])
     folds, made = (), []
     if config["teacher_folds"]:
-        refuse_user_tables(teacher, dataset.user_num)
+        refuse_user_tables(teacher, dataset.user_num, config["teacher_folds"])
         folds, made = _folds(config, request, dataset, valid_data, rows)
     options = {
         "history": config["teacher_history"],

@@ -138,7 +138,7 @@ def refuse_teacher(config: Config, model: Any, data: Data) -> None:
     if wanted.wants_vectors_of_teacher(config):
         teacher.refuse_without_vectors(model)
     if config["teacher_folds"]:
-        folds.refuse_user_tables(model, data.train._dataset.user_num)
+        folds.refuse_user_tables(model, data.train._dataset.user_num, config["teacher_folds"])
     elif wanted.uses_rows and config["teacher_trained_rows"] == "drop":
         teacher.refuse_memorised(model, len(data.train._dataset))
 

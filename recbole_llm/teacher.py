@@ -42,6 +42,8 @@ class Teacher(SequentialRecommender):
     """What its scores are: log-probability (over the catalogue) | distance (minus one)."""
     label: str | None = None
     """What tables call it; None is the name of its class."""
+    learns_users: str | None = None
+    """What it learns of each user by id, in words; None if it knows users by their histories alone."""
 
     @property
     def history_length(self) -> int:

@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from recbole_llm import knowledge as knowledge_file
 from recbole_llm.attached import attach
-from recbole_llm.folds import folds_of
+from recbole_llm.folds import folds_of, user_table
 from recbole_llm.knowledge import Knowledge, Request, ensure
 from recbole_llm.quick_start import refuse_early, run_recbole_llm
 from recbole_llm.sequences import Log
@@ -145,6 +146,42 @@ def test_folds_that_cannot_be_are_refused(ring, settings, message):
     parts = prepared(ring, **({} if settings.get("teacher") else SASREC) | settings)
     with pytest.raises(ValueError, match=message):
         refuse_early(parts.config, parts)
+
+
+P5 = {"teacher": "P5", "teacher_p5_width": 16, "teacher_p5_digits": 1, "teacher_p5_beams": 10, "teacher_topk": [1, 5]}
+
+
+@pytest.mark.parametrize(
+    ("name", "learned"),
+    [
+        ("FPMC", r"a vector of every user \(UI_emb\)"),
+        ("FOSSIL", r"a vector of every user \(user_lambda\)"),
+        ("HGN", r"a vector of every user \(user_embedding\)"),
+        ("TransRec", r"a vector of every user \(user_embedding\)"),
+        ("P5", r"a number of every user \(p5_user_id=True\)"),
+    ],
+)
+def test_a_teacher_of_folds_that_learns_users_is_refused(ring, name, learned):
+    own = P5 | {"teacher_p5_user_id": True} if name == "P5" else {"teacher": name}
+    parts = prepared(ring, distill_ranking="softmax", distill_embedding="none", teacher_folds=3, **own)
+    with pytest.raises(ValueError, match=f"teacher_folds=3: {name} learns {learned}, and a fold's users are not among"):
+        refuse_early(parts.config, parts)
+
+
+def test_a_table_of_positions_as_long_as_there_are_users_is_no_table_of_users(ring):
+    parts = prepared(ring, teacher_folds=2, teacher_MAX_ITEM_LIST_LENGTH=61, **SASREC)
+    assert parts.train._dataset.user_num == 61
+    refuse_early(parts.config, parts)
+    refuse_early(prepared(ring, teacher_folds=2, **P5).config, parts)
+
+
+def test_parameters_are_tables_too_and_layers_are_none():
+    model = nn.Module()
+    model.users = nn.Linear(3, 7)
+    model.item_table, model.user_scale = nn.Parameter(torch.zeros(7, 2)), nn.Parameter(torch.tensor(1.0))
+    assert user_table(model, 7) is None
+    model.user_vectors = nn.Parameter(torch.zeros(7, 2))
+    assert user_table(model, 7) == "user_vectors" and user_table(model, 8) is None
 
 
 def taught(ring, how, tuned=600):

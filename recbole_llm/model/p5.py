@@ -82,6 +82,7 @@ class P5(Teacher):
                 f"p5_heads={config['p5_heads']}: does not divide p5_width={config['p5_width']}. Set p5_heads or p5_width."
             )
         self.tuned_on = (config["p5_train_rows"], config["p5_seed"])
+        self.learns_users = "a number of every user (p5_user_id=True)" if config["p5_user_id"] else None
         self.network: nn.Module | None = None
         self.trie: CodeTrie | None = None
         if hasattr(dataset, "field2id_token"):
