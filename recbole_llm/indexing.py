@@ -15,6 +15,8 @@ from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 from sklearn.cluster import KMeans
 from torch import Tensor
 
+from recbole_llm.sequences import Log
+
 INDEXES = ("random", "sequential", "collaborative")
 
 
@@ -22,6 +24,13 @@ def token_keys(tokens: Iterable[str]) -> Tensor:
     """A 64-bit hash of each token [n], by which rows of a saved table find the same items or users in other data."""
     hashes = [hashlib.sha256(str(token).encode()).digest()[:8] for token in tokens]
     return torch.tensor([int.from_bytes(each, "big", signed=True) for each in hashes], dtype=torch.long)
+
+
+def rows_with_keys(own: Tensor, saved: Tensor) -> list[int] | None:
+    """Which row of a saved table each of our keys is in [n]; None unless both have the same keys."""
+    row_of = {key: row for row, key in enumerate(saved.tolist())}
+    rows = [row_of.get(key, -1) for key in own.tolist()]
+    return rows if min(rows) >= 0 and len(rows) == len(row_of) else None
 
 
 def keyed_order(tokens: Sequence[str], seed: int) -> np.ndarray:
@@ -35,6 +44,18 @@ def numbers_in(order: np.ndarray) -> np.ndarray:
     numbers = np.empty(len(order), dtype=np.int64)
     numbers[order] = np.arange(len(order))
     return numbers
+
+
+def walk_of(log: Log, users: Sequence[str], seed: int) -> np.ndarray:
+    """Items of a log, user by user, in a keyed order of the users [N].
+
+    Args:
+        log: Training interactions.
+        users: Tokens of the users by internal id.
+        seed: Key of the order.
+    """
+    order = keyed_order([str(users[user]) for user in log.users], seed)
+    return torch.cat([log.items[log.offsets[user] : log.offsets[user + 1]] for user in order]).numpy()
 
 
 def sequential_numbers(walk: np.ndarray, order: np.ndarray) -> np.ndarray:

@@ -332,3 +332,22 @@ def _stretch(items: Tensor, start: Tensor, end: Tensor, width: int) -> Tensor:
     """`items[start:end]` of each pair as a row `[len(start), width]`, padded on the right with 0."""
     position = start[:, None] + torch.arange(width)
     return torch.where(position < end[:, None], items[position.clamp(max=len(items) - 1)], 0)
+
+
+def latest(histories: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """The last items of histories that are padded on the right with 0.
+
+    Args:
+        histories: [B, L].
+        most: Most items to keep.
+
+    Returns:
+        Items [B, T], oldest first, padded on the right, T being the longest; and each one's place counted from the newest, which is 1;
+        padding has 0.
+    """
+    there = (histories > 0).sum(dim=1, keepdim=True)
+    kept = there.clamp(max=most)
+    column = torch.arange(int(kept.max()), device=histories.device)
+    place = (kept - column).clamp_min(0)
+    items = histories.gather(1, (there - kept + column).clamp(max=histories.shape[1] - 1))
+    return items * (place > 0), place

@@ -25,10 +25,10 @@ from recbole_llm.indexing import (
     sequential_numbers,
 )
 from recbole_llm.knowledge import Knowledge
-from recbole_llm.model.p5 import latest
 from recbole_llm.plan import training
 from recbole_llm.quick_start import run_recbole_llm
 from recbole_llm.recommend import load_recommender
+from recbole_llm.sequences import latest
 from recbole_llm.teacher import item_table, rank
 from tests.oracle import ask, distilled, prepared
 from tests.pipelines import ring_settings

@@ -21,21 +21,11 @@ from recbole.utils import InputType
 from torch import Tensor, nn
 from torch.nn import functional
 
+from recbole_llm import indexing
 from recbole_llm.beams import CodeTrie, exact, forced, search
 from recbole_llm.config import check_topk, choice
-from recbole_llm.indexing import (
-    INDEXES,
-    collaborative_paths,
-    in_places,
-    is_prefix_free,
-    keyed_order,
-    numbers_in,
-    padded_codes,
-    sequential_numbers,
-    token_keys,
-)
 from recbole_llm.layers import fast_layers, fuse_optimizer
-from recbole_llm.sequences import Log, pack, row_positions
+from recbole_llm.sequences import Log, latest, pack, row_positions
 from recbole_llm.teacher import Teacher, sample_of_rows
 from recbole_llm.trainer import SequenceTrainer
 
@@ -65,13 +55,11 @@ class P5(Teacher):
         super().__init__(config, dataset)
         check_topk(config, self.n_items)
         self.config = config
-        choice(config, "p5_index", INDEXES)
+        choice(config, "p5_index", indexing.INDEXES)
         choice(config, "llm_dtype", ("auto", "float32", "bfloat16"))
         self.exact = choice(config, "p5_score", ("beam", "exact")) == "exact"
-        self.history_items = at_most(
-            config, "p5_history", config["p5_history"], self.max_seq_length, "MAX_ITEM_LIST_LENGTH"
-        )
-        self.beams = at_most(config, "p5_beams", config["p5_beams"], self.n_items - 1, "the number of items")
+        self.history_items = at_most(config, "p5_history", self.max_seq_length, "MAX_ITEM_LIST_LENGTH")
+        self.beams = at_most(config, "p5_beams", self.n_items - 1, "the number of items")
         if not self.exact and self.beams < max(config["topk"]):
             raise ValueError(
                 f"p5_beams={self.beams}: fewer than topk={config['topk']} ranks; beyond the beams there is no ranking. Set p5_beams to "
@@ -100,9 +88,10 @@ class P5(Teacher):
         config, seed = self.config, self.config["p5_seed"]
         tokens = [str(token) for token in dataset.field2id_token[self.ITEM_ID]]
         users = [str(token) for token in dataset.field2id_token[self.USER_ID]] if config["p5_user_id"] else []
-        order = keyed_order(tokens[1:], seed)
-        self.numbers, self.paths = numbers_in(order), None
-        self.user_numbers = np.concatenate([[0], numbers_in(keyed_order(users[1:], seed)) + 1]) if users else []
+        order = indexing.keyed_order(tokens[1:], seed)
+        self.numbers, self.paths = indexing.numbers_in(order), None
+        of_users = indexing.numbers_in(indexing.keyed_order(users[1:], seed))
+        self.user_numbers = np.append(0, of_users + 1) if users else []
         if config["p5_index"] != "random":
             try:
                 log = Log.from_dataset(dataset)
@@ -112,28 +101,24 @@ class P5(Teacher):
                     "p5_index=random."
                 ) from error
             if config["p5_index"] == "sequential":
-                walked = keyed_order([str(dataset.field2id_token[self.USER_ID][user]) for user in log.users], seed)
-                pieces = [log.items[log.offsets[user] : log.offsets[user + 1]] for user in walked]
-                self.numbers = sequential_numbers(torch.cat(pieces).numpy() - 1, order)
+                walk = indexing.walk_of(log, dataset.field2id_token[self.USER_ID], seed)
+                self.numbers = indexing.sequential_numbers(walk - 1, order)
             else:
                 user = log.user_index(torch.arange(len(log.items))).numpy()
                 cut = config["p5_clusters"], config["p5_group"]
-                self.paths = collaborative_paths(user, log.items.numpy() - 1, order, *cut, seed)
-        self.register_buffer("item_keys", token_keys(tokens))
-        self.register_buffer("user_keys", token_keys(users))
+                self.paths = indexing.collaborative_paths(user, log.items.numpy() - 1, order, *cut, seed)
+        self.register_buffer("item_keys", indexing.token_keys(tokens))
+        self.register_buffer("user_keys", indexing.token_keys(users))
 
     def _written(self) -> tuple[nn.Module, list, list, list]:
         """The network, and how items, users and the words of the prompt are written in its tokens."""
         return self._in_own_words() if not self.config["llm"] else self._in_words_of_a_checkpoint()
 
     def _in_own_words(self) -> tuple[nn.Module, list, list, list]:
-        items = self.paths or in_places(self.numbers, self.config["p5_digits"])
-        users = []
+        digits = self.config["p5_digits"]
+        items, users = self.paths or indexing.in_places(self.numbers, digits), []
         if len(self.user_numbers):
-            users = [
-                tuple(f"user {piece}" for piece in code)
-                for code in in_places(self.user_numbers, self.config["p5_digits"])
-            ]
+            users = [tuple(f"user {piece}" for piece in code) for code in indexing.in_places(self.user_numbers, digits)]
         words = ["user", "history:", *sorted({piece for code in (*items, *users) for piece in code})]
         token = {word: number for number, word in enumerate(words, start=END + 1)}
         items, users = ([[token[piece] for piece in code] for code in codes] for codes in (items, users))
@@ -165,26 +150,26 @@ class P5(Teacher):
         return t5.build(vocabulary, **sizes)
 
     def _build(self, network: nn.Module, items: list, users: list, words: list) -> None:
-        if not is_prefix_free(items):
+        if not indexing.is_prefix_free(items):
             raise ValueError(
                 f"llm={self.config['llm']}: its tokenizer writes two item ids alike. Set llm to a T5 whose tokenizer knows digits, or "
                 "p5_index=collaborative, which brings tokens of its own."
             )
-        self.register_buffer("item_codes", padded_codes(items))
-        self.register_buffer("user_codes", padded_codes(users)[1:] if users else torch.zeros(0, 0, dtype=torch.long))
+        self.register_buffer("item_codes", indexing.padded_codes(items))
+        self.register_buffer(
+            "user_codes", indexing.padded_codes(users)[1:] if users else torch.zeros(0, 0, dtype=torch.long)
+        )
         for name, tokens in zip(("lead", "link", "comma", "tail"), words, strict=True):
             self.register_buffer(name, torch.tensor(tokens, dtype=torch.long))
         self._take(network)
         self._index()
 
     def _take(self, network: nn.Module) -> None:
-        self.network = network
-        width = network.config.d_model
-        self.whole_word = (
-            nn.Embedding(self.history_items + 1, width, padding_idx=0) if self.config["p5_whole_word"] else None
-        )
-        if self.whole_word is not None and self.config["llm"]:
-            nn.init.zeros_(self.whole_word.weight)  # a pretrained network begins as it is
+        self.network, self.whole_word = network, None
+        if self.config["p5_whole_word"]:
+            self.whole_word = nn.Embedding(self.history_items + 1, network.config.d_model, padding_idx=0)
+            if self.config["llm"]:
+                nn.init.zeros_(self.whole_word.weight)  # a pretrained network begins as it is
 
     def _index(self) -> None:
         """Make what follows from the codes."""
@@ -250,12 +235,11 @@ class P5(Teacher):
 
     def _autocast(self):
         """The number format of the network; never float16, in which T5 overflows, whatever `enable_amp` asks for."""
-        wanted = self.config["llm_dtype"]
-        if wanted == "auto":
-            from recbole_llm.lm import working_dtype
+        from recbole_llm.lm import working_dtype
 
-            wanted = str(working_dtype(wanted, torch.device(self.device))).removeprefix("torch.")
-        return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=wanted == "bfloat16")
+        device = torch.device(self.device)
+        low = working_dtype(self.config["llm_dtype"], device) == torch.bfloat16
+        return torch.autocast(device.type, torch.bfloat16, enabled=low)
 
     def _embedded(self, tokens: Tensor, places: Tensor) -> Tensor:
         vectors = self.network.get_input_embeddings()(tokens)
@@ -274,13 +258,12 @@ class P5(Teacher):
         for _, batch in self._pieces(interaction):
             tokens, places = self.prompt(batch)
             labels = self.item_codes[batch[self.POS_ITEM_ID]]
+            written = functional.pad(labels[:, :-1], (1, 0), value=self.network.config.decoder_start_token_id)
             with self._autocast():
                 logits = self.network(
                     inputs_embeds=self._embedded(tokens, places),
                     attention_mask=(tokens > 0).long(),
-                    decoder_input_ids=functional.pad(
-                        labels[:, :-1], (1, 0), value=self.network.config.decoder_start_token_id
-                    ),
+                    decoder_input_ids=written,
                 ).logits
             total = total + functional.cross_entropy(
                 logits.float().flatten(0, 1), labels.flatten(), ignore_index=PAD, reduction="sum"
@@ -352,9 +335,7 @@ class P5(Teacher):
         for kind in ("item", "user"):
             keys, codes = f"{kind}_keys", f"{kind}_codes"
             if len(own := getattr(self, keys)):
-                row_of = {key: row for row, key in enumerate(state[keys].tolist())}
-                rows = [row_of.get(key, -1) for key in own.tolist()]
-                if min(rows) < 0 or len(rows) != len(row_of):
+                if (rows := indexing.rows_with_keys(own, state[keys])) is None:
                     raise ValueError(
                         f"p5_index={self.config['p5_index']}: these weights were trained on other {kind}s than the data have. Train anew, "
                         "or take the data and filters they were trained with."
@@ -399,31 +380,14 @@ class P5Trainer(SequenceTrainer):
             return super()._train_epoch(train_data, epoch_idx, loss_func, show_progress)
 
 
-def latest(histories: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """The last items of histories that are padded on the right with 0.
-
-    Args:
-        histories: [B, L].
-        most: Most items to keep.
-
-    Returns:
-        Items [B, T], oldest first, padded on the right, T being the longest; and each one's place counted from the newest, which is 1;
-        padding has 0.
-    """
-    there = (histories > 0).sum(dim=1, keepdim=True)
-    kept = there.clamp(max=most)
-    column = torch.arange(int(kept.max()), device=histories.device)
-    place = (kept - column).clamp_min(0)
-    items = histories.gather(1, (there - kept + column).clamp(max=histories.shape[1] - 1))
-    return items * (place > 0), place
-
-
-def at_most(config: Any, key: str, value: int, most: int, what: str) -> int:
+def at_most(config: Any, key: str, most: int, what: str) -> int:
     """The value of `key`; our own default shrinks to `most`, what the user set is refused.
 
     Raises:
         ValueError: The user's value is larger, or no positive number.
     """
-    if value < 1 or value > most and key in config.external_config_dict:
-        raise ValueError(f"{key}={value}: {what} allows 1 to {most}. Set {key}, or leave it out to have it fitted.")
-    return min(value, most)
+    if config[key] < 1 or config[key] > most and key in config.external_config_dict:
+        raise ValueError(
+            f"{key}={config[key]}: {what} allows 1 to {most}. Set {key}, or leave it out to have it fitted."
+        )
+    return min(config[key], most)
