@@ -25,6 +25,7 @@ from recbole_llm.indexing import (
     sequential_numbers,
 )
 from recbole_llm.knowledge import Knowledge
+from recbole_llm.model.p5 import LEAST
 from recbole_llm.plan import training
 from recbole_llm.quick_start import run_recbole_llm
 from recbole_llm.recommend import load_recommender
@@ -523,7 +524,6 @@ def test_the_plan_counts_what_its_encoder_reads(ring):
         ({"p5_index": "semantic"}, r"p5_index=semantic: no such choice. There is random, sequential, collaborative"),
         ({"p5_score": "beams"}, r"p5_score=beams: no such choice; did you mean 'beam'\? There is beam, exact"),
         ({"p5_beams": 25}, r"p5_beams=25: the number of items allows 1 to 24"),
-        ({"p5_beams": 0}, r"p5_beams=0: the number of items allows 1 to 24"),
         ({"p5_beams": 5}, r"p5_beams=5: fewer than topk=\[1, 10\] ranks"),
         ({"p5_history": 11}, r"p5_history=11: MAX_ITEM_LIST_LENGTH allows 1 to 10"),
         ({"p5_heads": 3}, r"p5_heads=3: does not divide p5_width=32"),
@@ -537,6 +537,16 @@ def test_the_plan_counts_what_its_encoder_reads(ring):
 def test_wrong_settings_say_what_there_is(ring, settings, message):
     with pytest.raises(ValueError, match=message):
         Trained("P5", ring, None, **settings)
+
+
+@pytest.mark.parametrize("value", [-1, 1.5, "two", True])
+@pytest.mark.parametrize("key, least", LEAST.items())
+def test_sizes_are_whole_numbers_that_a_network_can_have(ring, key, least, value):
+    for wrong in (value, least - 1):
+        with pytest.raises(
+            ValueError, match=f"{key}={wrong}: not possible; there is whole numbers from {least} upwards. Set {key}"
+        ):
+            Trained("P5", ring, None, **{key: wrong})
 
 
 def test_defaults_shrink_to_a_small_catalogue(ring):

@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from recbole_llm import indexing
 from recbole_llm.beams import CodeTrie, exact, forced, search
-from recbole_llm.config import check_topk, choice
+from recbole_llm.config import check_range, check_topk, choice
 from recbole_llm.layers import fast_layers, fuse_optimizer
 from recbole_llm.sequences import Log, latest, pack, row_positions
 from recbole_llm.teacher import Teacher, sample_of_rows
@@ -32,6 +32,9 @@ from recbole_llm.trainer import SequenceTrainer
 PAD, END = 0, 1  # of T5's vocabularies as of ours
 TOKENS_PER_PIECE = 1 << 13
 """Most tokens of prompts that are read at a time; larger batches leave a CPU's cache."""
+LEAST = {f"p5_{name}": 1 for name in ("layers", "width", "heads", "inner", "digits", "group", "history", "beams")}
+LEAST |= {"p5_clusters": 2, "p5_train_rows": 0}
+"""Whole numbers among the settings, and the least that each may be."""
 
 
 class P5(Teacher):
@@ -57,6 +60,8 @@ class P5(Teacher):
         self.config = config
         choice(config, "p5_index", indexing.INDEXES)
         choice(config, "llm_dtype", ("auto", "float32", "bfloat16"))
+        for key, least in LEAST.items():
+            check_range(config, key, least)
         self.exact = choice(config, "p5_score", ("beam", "exact")) == "exact"
         self.history_items = at_most(config, "p5_history", self.max_seq_length, "MAX_ITEM_LIST_LENGTH")
         self.beams = at_most(config, "p5_beams", self.n_items - 1, "the number of items")
@@ -384,9 +389,9 @@ def at_most(config: Any, key: str, most: int, what: str) -> int:
     """The value of `key`; our own default shrinks to `most`, what the user set is refused.
 
     Raises:
-        ValueError: The user's value is larger, or no positive number.
+        ValueError: The user's value is larger.
     """
-    if config[key] < 1 or config[key] > most and key in config.external_config_dict:
+    if config[key] > most and key in config.external_config_dict:
         raise ValueError(
             f"{key}={config[key]}: {what} allows 1 to {most}. Set {key}, or leave it out to have it fitted."
         )
