@@ -13,7 +13,7 @@ from torch import Tensor
 from recbole_llm.artifacts import cached_tensor, digest
 from recbole_llm.identity import Names, fingerprint, titles_digest
 from recbole_llm.item_text import ItemText
-from recbole_llm.knowledge import FORMAT, Knowledge, ensure
+from recbole_llm.knowledge import Knowledge, ensure
 from recbole_llm.sequences import Log
 from recbole_llm.teacher import NOTHING_LEFT
 
@@ -130,7 +130,7 @@ def teacher_vectors(config: Any, train_data: Any, valid_data: Any) -> Tensor:
     names = Names.of(dataset, log)
     text = ItemText.from_dataset(dataset, config["title_field"])
     titles = [text.titles[item] for item in names.internal.tolist()]
-    key = digest({"encoder": config["teacher_embedding"], "titles": titles, "format": FORMAT})
+    key = digest({"encoder": config["teacher_embedding"], "titles": titles, "format": 1})
     file = Path(config["checkpoint_dir"]) / "item_vectors" / f"{config['dataset']}-{key}.safetensors"
     vectors = cached_tensor(
         file, lambda: encode(config["teacher_embedding"], titles, config["device"], config["show_progress"])

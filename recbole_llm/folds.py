@@ -101,9 +101,9 @@ def fault_of_folds(config: Any, teacher: Any, users: int) -> str | None:
             f"teacher_folds={folds}: a teacher that is trained already was trained on rows it would label; there is teacher_folds=0. "
             "Set it, or leave teacher_checkpoint empty."
         )
-    if folds and teacher["train_rows"]:
+    if folds and (sample := teacher["train_rows"] or teacher["p5_train_rows"]):
         return (
-            f"teacher_folds={folds}: {config['teacher']} is tuned on a sample of {teacher['train_rows']} rows, and all others are clean "
+            f"teacher_folds={folds}: {config['teacher']} is tuned on a sample of {sample} rows, and all others are clean "
             "already; there is teacher_folds=0. Set it, or choose a teacher that is trained on every row."
         )
     return None

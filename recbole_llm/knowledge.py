@@ -44,7 +44,8 @@ from recbole_llm.teacher import (
     teacher_folder,
 )
 
-FORMAT = 1
+FORMAT = 2
+"""Part of the key of a Knowledge; 1 had scores that the beams of P5 never gave."""
 
 
 @dataclass

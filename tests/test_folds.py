@@ -140,6 +140,10 @@ def test_killed_between_folds_no_teacher_is_trained_twice(ring, monkeypatch):
             {"teacher_folds": 2, "teacher": "BIGRec"},
             "teacher_folds=2: BIGRec is tuned on a sample of .* rows, and all others are clean already",
         ),
+        (
+            {"teacher_folds": 2, "teacher": "P5", "teacher_p5_train_rows": 30},
+            "teacher_folds=2: P5 is tuned on a sample of 30 rows",
+        ),
     ],
 )
 def test_folds_that_cannot_be_are_refused(ring, settings, message):
