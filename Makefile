@@ -35,11 +35,12 @@ stacks: $(READY) ## The fast tests on the newest packages and on numpy 1.26 + pa
 	$(VENV)-old/bin/python -m pip install -q -c constraints-old.txt -e '.[dev]'
 	$(VENV)-old/bin/python -m pytest
 
-bench: $(READY) ## Speed and memory as ratios within one run; prints tables, writes JSON (15 minutes on 2 cores, needs ../shared/data)
+bench: $(READY) ## Speed and memory as ratios within one run; prints tables, writes JSON (half an hour on 2 cores, needs ../shared/data)
 	$(BIN)/python -m tests.bench.epoch
 	$(BIN)/python -m tests.bench.dataset
 	$(BIN)/python -m tests.bench.serving
 	$(BIN)/python -m tests.bench.beams
+	$(BIN)/python -m tests.bench.inference
 
 bench-full: $(READY) ## Time to RecBole's quality, quality after convergence, phase A of Lite-LLM4Rec; hours, resumable
 	$(BIN)/python -m tests.bench.time_to
