@@ -14,7 +14,6 @@ import torch
 from recbole.data import create_dataset, data_preparation
 from recbole.utils import get_model
 from transformers import LogitsProcessor, LogitsProcessorList
-from transformers.modeling_outputs import BaseModelOutput
 
 from recbole_llm.config import Config
 from recbole_llm.model.p5 import END, P5, PAD
@@ -51,22 +50,25 @@ class Allowed(LogitsProcessor):
         return scores + self.barred[node]
 
 
-def peer(model: P5, batch, processors: LogitsProcessorList) -> torch.Tensor:
-    """Beams of Hugging Face's search [B, beams, tokens]."""
+def generated(model: P5, batch, longest: int, **how) -> torch.Tensor:
+    """What Hugging Face's search writes, the encoder computed once per row [B * beams, tokens]; `how` says what may be written."""
     tokens, places = model.prompt(batch)
-    mask = (tokens > 0).long()
-    memory = model.network.encoder(inputs_embeds=model._embedded(tokens, places), attention_mask=mask).last_hidden_state
     return model.network.generate(
-        encoder_outputs=BaseModelOutput(memory),
-        attention_mask=mask,
+        inputs_embeds=model._embedded(tokens, places),
+        attention_mask=(tokens > 0).long(),
         num_beams=model.beams,
         num_return_sequences=model.beams,
-        length_penalty=0.0,
         do_sample=False,
-        # codes are whole without an end; ragged ones need it to stop
-        max_new_tokens=model.item_codes.shape[1] + int(model.trie.ragged),
-        logits_processor=processors,
+        max_new_tokens=longest,
+        **how,
     )
+
+
+def peer(model: P5, batch, processors: LogitsProcessorList) -> torch.Tensor:
+    """Beams of Hugging Face's search [B * beams, tokens]."""
+    # codes are whole without an end; ragged ones need it to stop
+    longest = model.item_codes.shape[1] + int(model.trie.ragged)
+    return generated(model, batch, longest, length_penalty=0.0, logits_processor=processors)
 
 
 @torch.no_grad()

@@ -30,6 +30,7 @@ from recbole_llm.item_reader import ItemReader
 from recbole_llm.pretrained import Wheel, download
 from recbole_llm.sessions import Sessions
 from recbole_llm.t5 import Decoder
+from tests.bench.beams import generated
 
 RESULTS = Path(__file__).parent / "inference.json"
 FOLDER = Path("saved/bench/t5-small-size")
@@ -180,16 +181,10 @@ class Generate(Side):
 
     def lists(self, batch) -> torch.Tensor:
         """The best items of a batch [B, K]."""
-        tokens, places = self.model.prompt(batch)
-        written = self.model.network.generate(
-            inputs_embeds=self.model._embedded(tokens, places),
-            attention_mask=(tokens > 0).long(),
-            num_beams=K,
-            num_return_sequences=K,
-            max_new_tokens=self.longest,
-            do_sample=False,
-            prefix_allowed_tokens_fn=lambda row, ids: self.allowed.get(tuple(ids[1:].tolist()), [0]),
-        )
+        allowed = {
+            "prefix_allowed_tokens_fn": lambda row, ids: self.allowed.get(tuple(ids[1:].tolist()), [0]),
+        }
+        written = generated(self.model, batch, self.longest, **allowed)
         items = [self.item_of.get(tuple(token for token in row.tolist() if token), 0) for row in written[:, 1:]]
         return torch.tensor(items).view(len(batch), K)
 
