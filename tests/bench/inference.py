@@ -8,6 +8,8 @@ its best; an interval is over the turns' samples of users.
 """
 
 import argparse
+import contextlib
+import functools
 import statistics
 import zipfile
 from pathlib import Path
@@ -20,6 +22,7 @@ from recbole.data import data_preparation
 from recbole.utils import get_model, init_seed
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.generation.logits_process import PrefixConstrainedLogitsProcessor
 
 from recbole_llm.artifacts import file_digest, write_json
 from recbole_llm.config import Config
@@ -46,7 +49,7 @@ K, USERS, TURNS = 20, 200, 5
 SLOW_USERS, SLOW_TURNS = 50, 3
 """Of `generate`, the first of each turn's users in the first turns."""
 COUNTED = 25
-"""Users whose operations are counted."""
+"""Users whose operations are counted, and for whom `generate` is profiled."""
 TEST_USERS = 6040
 
 
@@ -108,11 +111,49 @@ class Side:
             times[size] = min(self.seconds(users) for _ in range(2))
         self.batch_size = min(times, key=times.get)
 
+    def parts(self) -> dict[str, tuple]:
+        """Functions, as owner and name, that `profile` tells apart; none of them calls another one."""
+        return {}
+
+    def profile(self, users: torch.Tensor) -> dict[str, float]:
+        """What the time of `rank` goes into: shares of the functions of `parts`, and of the rest."""
+        parts = self.parts()
+        spent = dict.fromkeys(parts, 0.0)
+
+        def timed(part, function):
+            @functools.wraps(function)
+            def call(*args, **kwargs):
+                began = perf_counter()
+                result = function(*args, **kwargs)
+                spent[part] += perf_counter() - began
+                return result
+
+            return call
+
+        with contextlib.ExitStack() as stack:
+            for part, (owner, name) in parts.items():
+                stack.enter_context(replaced(owner, name, timed(part, getattr(owner, name))))
+            whole = self.seconds(users)
+        return {part: seconds / whole for part, seconds in spent.items()} | {"rest": 1 - sum(spent.values()) / whole}
+
     def flops(self, users: torch.Tensor) -> float:
         """Multiplications and additions of `rank` per user, as torch counts them; it does not know the fused attention of a CPU."""
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             self.rank(users)
         return counter.get_total_flops() / len(users)
+
+
+class Beams(Side):
+    """P5 with our decoder."""
+
+    def parts(self) -> dict[str, tuple]:
+        """See Side."""
+        return {
+            "encoder": (self.model.network.encoder, "forward"),
+            "keys of the history": (Decoder, "__init__"),
+            "decoder steps": (Decoder, "step"),
+            "logits": (Decoder, "log_p"),
+        }
 
 
 class Lite(Side):
@@ -198,6 +239,16 @@ class Generate(Side):
             times[size] = self.seconds(users[:size]) / size
         self.batch_size = min(times, key=times.get)
 
+    def parts(self) -> dict[str, tuple]:
+        """See Side."""
+        network = self.model.network
+        return {
+            "encoder": (network.encoder, "forward"),
+            "decoder steps": (network.decoder, "forward"),
+            "logits": (network.lm_head, "forward"),
+            "allowed tokens": (PrefixConstrainedLogitsProcessor, "__call__"),
+        }
+
 
 def sides(length: int, data_path: str) -> tuple[list[Side], Side]:
     """What is compared at one length of histories; the first one is the peer, the last one apart is slow."""
@@ -209,7 +260,7 @@ def sides(length: int, data_path: str) -> tuple[list[Side], Side]:
     }  # fmt: skip
     lite = "LiteLLM4Rec", data_path, length
     fast = [
-        Side("P5, 20 beams, our decoder", "P5", data_path, length, **p5),
+        Beams("P5, 20 beams, our decoder", "P5", data_path, length, **p5),
         Lite("Lite-LLM4Rec (re-implementation), same backbone", *lite, **paper),
         Lite("the same, our defaults (MiniLM, 2 layers)", *lite),
         Lite("the same with 1 layer", *lite, lite_rec_layers=1),
@@ -244,7 +295,8 @@ def compare(length: int, data_path: str) -> dict:
             "saved against generate": saved(took, per_user[slow.name]),
             **({"choices": side.model.choices()} if hasattr(side.model, "choices") else {}),
         }
-    return {"length": length, "rows": rows, "shares of P5": shares(fast[0], samples[0])}
+    shares = {side.name: side.profile(samples[0][:users]) for side, users in ((fast[0], USERS), (slow, COUNTED))}
+    return {"length": length, "rows": rows, "shares": shares}
 
 
 def saved(ours: list[float], theirs: list[float]) -> list[float]:
@@ -252,29 +304,6 @@ def saved(ours: list[float], theirs: list[float]) -> list[float]:
     values = [1 - one / other for one, other in zip(ours, theirs, strict=False)]
     drawn = np.random.default_rng(0).choice(values, (10_000, len(values)))
     return [statistics.median(values), *np.percentile(np.median(drawn, axis=1), [2.5, 97.5]).tolist()]
-
-
-def shares(side: Side, users: torch.Tensor) -> dict[str, float]:
-    """What P5's time goes into, with our decoder: shares of `rank`."""
-    spent = dict.fromkeys(("encoder", "decoder", "logits"), 0.0)
-
-    def timed(part, function):
-        def call(*args, **kwargs):
-            began = perf_counter()
-            result = function(*args, **kwargs)
-            spent[part] += perf_counter() - began
-            return result
-
-        return call
-
-    encoder = side.model.network.encoder
-    with (
-        replaced(encoder, "forward", timed("encoder", encoder.forward)),
-        replaced(Decoder, "step", timed("decoder", Decoder.step)),
-        replaced(Decoder, "log_p", timed("logits", Decoder.log_p)),
-    ):
-        whole = side.seconds(users)
-    return {part: seconds / whole for part, seconds in spent.items()}
 
 
 def table_seconds(data_path: str) -> dict:
@@ -316,8 +345,8 @@ def main() -> None:
         peer = next(iter(rows.values()))
         for name, row in rows.items():
             print(line(name, row, peer), flush=True)
-        spent = ", ".join(f"{part} {share:.0%}" for part, share in results[-1]["shares of P5"].items())
-        print(f"  P5's time with our decoder: {spent}")
+        for name, parts in results[-1]["shares"].items():
+            print(f"  {name}: " + ", ".join(f"{part} {share:.0%}" for part, share in parts.items()))
         every = {name: row["ms per user"] * TEST_USERS / 1e3 for name, row in rows.items()}
         print(
             f"  all {TEST_USERS} users, by the time of one: "
