@@ -30,6 +30,7 @@ from recbole_llm.dataset import create_dataset
 from recbole_llm.evaluation import scored_by_length
 from recbole_llm.hooks import replaced
 from recbole_llm.item_reader import ItemReader
+from recbole_llm.model.litellm4rec import LiteLLM4Rec
 from recbole_llm.pretrained import Wheel, download
 from recbole_llm.sessions import Sessions
 from recbole_llm.t5 import Decoder
@@ -135,6 +136,11 @@ class Side:
                 stack.enter_context(replaced(owner, name, timed(part, getattr(owner, name))))
             whole = self.seconds(users)
         return {part: seconds / whole for part, seconds in spent.items()} | {"rest": 1 - sum(spent.values()) / whole}
+
+    def about(self) -> dict:
+        """How the model was made where that is open, and where its weights are from."""
+        names = [name for name in ("choices", "provenance") if hasattr(self.model, name)]
+        return {name: getattr(self.model, name)() for name in names}
 
     def flops(self, users: torch.Tensor) -> float:
         """Multiplications and additions of `rank` per user, as torch counts them; it does not know the fused attention of a CPU."""
@@ -252,7 +258,7 @@ class Generate(Side):
 
 def sides(length: int, data_path: str) -> tuple[list[Side], Side]:
     """What is compared at one length of histories; the first one is the peer, the last one apart is slow."""
-    folder = str(backbone())
+    folder, name = str(backbone()), LiteLLM4Rec.label
     p5 = {"llm": folder, "p5_index": "random", "p5_history": length, "p5_beams": K}
     paper = {
         "llm": folder, "lite_rec_layers": 0, "lite_rec_mask": "bidirectional", "lite_rec_pool": "mean", "lite_head": "free",
@@ -261,11 +267,11 @@ def sides(length: int, data_path: str) -> tuple[list[Side], Side]:
     lite = "LiteLLM4Rec", data_path, length
     fast = [
         Beams("P5, 20 beams, our decoder", "P5", data_path, length, **p5),
-        Lite("Lite-LLM4Rec (re-implementation), same backbone", *lite, **paper),
-        Lite("the same, our defaults (MiniLM, 2 layers)", *lite),
-        Lite("the same with 1 layer", *lite, lite_rec_layers=1),
-        Clicks("our defaults, state kept between clicks", *lite),
-        OneByOne("the same, one click at a time", *lite),
+        Lite(f"{name}, same backbone", *lite, **paper),
+        Lite(f"{name}, our defaults (MiniLM, 2 layers)", *lite),
+        Lite(f"{name}, 1 layer", *lite, lite_rec_layers=1),
+        Clicks(f"{name}, our defaults, state kept between clicks", *lite),
+        OneByOne(f"{name}, the same, one click at a time", *lite),
     ]
     return fast, Generate("P5, 20 beams, through generate", "P5", data_path, length, **p5)
 
@@ -293,7 +299,7 @@ def compare(length: int, data_path: str) -> dict:
             "MFLOP per user": side.flops(samples[0][:COUNTED]) / 1e6,
             "saved": saved(took, peer),
             "saved against generate": saved(took, per_user[slow.name]),
-            **({"choices": side.model.choices()} if hasattr(side.model, "choices") else {}),
+            **side.about(),
         }
     shares = {side.name: side.profile(samples[0][:users]) for side, users in ((fast[0], USERS), (slow, COUNTED))}
     return {"length": length, "rows": rows, "shares": shares}
@@ -322,7 +328,7 @@ def line(name: str, row: dict, peer: dict) -> str:
     """One side of the printed table."""
     share = row["MFLOP per user"] / peer["MFLOP per user"]
     both = " ".join("{:7.2%} [{:.2%}, {:.2%}]".format(*row[key]) for key in ("saved", "saved against generate"))
-    return f"  {name:48s} {row['ms per user']:9.3f} {row['batch']:5d} {row['MFLOP per user']:9.1f} {share:7.4f} {both}"
+    return f"  {name:74s} {row['ms per user']:9.3f} {row['batch']:5d} {row['MFLOP per user']:9.1f} {share:7.4f} {both}"
 
 
 def main() -> None:
@@ -340,7 +346,7 @@ def main() -> None:
         rows = results[-1]["rows"]
         print(f"\nTop-{K} lists, users of ml-1m, last {length} items, {asked.threads} threads, table warm:")
         print(
-            f"  {'':48s} {'ms a user':>9s} {'batch':>5s} {'MFLOP':>9s} {'ratio':>7s} time saved against our decoder, generate"
+            f"  {'':74s} {'ms a user':>9s} {'batch':>5s} {'MFLOP':>9s} {'ratio':>7s} time saved against our decoder, generate"
         )
         peer = next(iter(rows.values()))
         for name, row in rows.items():
