@@ -172,10 +172,14 @@ class Lite(Side):
 
 
 class Clicks(Side):
-    """Lite-LLM4Rec with what was read kept between clicks: a list costs the newest click of each user."""
+    """Lite-LLM4Rec with what was read kept between clicks: a list costs the newest click of each user.
+
+    Not in it: every half history, a user whose history is full has the later half of it read again.
+    """
 
     batches = (1, 10, 50, 200)
 
+    @torch.no_grad()
     def prepare(self, users: torch.Tensor) -> None:
         """Read all but the newest item of each history; not timed, it was done at the clicks before."""
         self.sessions = Sessions(self.model, len(users))
@@ -186,8 +190,7 @@ class Clicks(Side):
             some = (length == size).nonzero()[:, 0]
             if size > 1:
                 self.sessions.read(some, batch[column][some, : size - 1])
-        with torch.no_grad():
-            _ = self.model.item_embedding.weight  # the table is warm
+        _ = self.model.item_embedding.weight  # the table is warm
 
     @torch.no_grad()
     def rank(self, users: torch.Tensor) -> torch.Tensor:
