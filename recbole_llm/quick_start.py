@@ -258,7 +258,9 @@ def run_folder(config: Config) -> Path:
     named = {key: value for key, value in settings_of(config).items() if key not in NOT_IDENTITY}
     files = sorted(Path(config["data_path"]).glob(f"{config['dataset']}.*"))
     if config["distill_mode"] == "off":
-        named = {key: value for key, value in named.items() if not key.startswith("teacher")}
+        chosen = Distillation.from_config(config)
+        named = {key: value for key, value in named.items() if not key.startswith(("teacher", "distill_"))}
+        named |= {"base": chosen.base, "robust": chosen.robust, "robust_beta": chosen.robust_beta}
     else:
         given = [Path(config["teacher_knowledge"] or "") / "manifest.json", Path(config["teacher_checkpoint"] or "")]
         files += [file for file in given if file.is_file()]

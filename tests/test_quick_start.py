@@ -42,6 +42,15 @@ def test_resume_false_trains_the_students_anew_and_gives_the_same(ring):
     assert not anew["lines"][0].cached and anew["test_result"] == first["test_result"]
 
 
+def test_a_student_that_was_trained_alone_is_taken_as_the_one_to_compare_with(ring, tiny_lm):
+    small = ring_settings(ring, "DLLM2Rec", tiny_lm)
+    first = run_recbole_llm("DLLM2Rec", "ring", config_dict=small | {"distill_mode": "off"})
+    lines = run_recbole_llm("DLLM2Rec", "ring", config_dict=small | {"teacher_embedding": str(tiny_lm)})["lines"]
+    assert [line.cached for line in lines] == [True, False] and lines[0].ranks == first["lines"][0].ranks
+    other = run_recbole_llm("DLLM2Rec", "ring", config_dict=small | {"distill_mode": "off", "distill_base": "bce"})
+    assert other["folder"] != first["folder"] and not other["lines"][0].cached
+
+
 def test_other_data_under_the_same_name_are_another_run(ring):
     run("SASRec", ring)
     rewrite(ring / "ring/ring.inter", lambda rows: [row for row in rows if not row.startswith("u5")])
