@@ -14,7 +14,7 @@ from recbole.utils import get_model, init_logger, init_seed
 from recbole.utils.logger import RemoveColorFilter
 
 from recbole_llm import folds, knowledge, plan, report, teacher
-from recbole_llm.artifacts import DamagedArtifact, digest, file_digest
+from recbole_llm.artifacts import DamagedArtifact, digest, file_digest, write_json
 from recbole_llm.checkpoint import settings_of
 from recbole_llm.config import Config, check_topk, role_config
 from recbole_llm.dataset import create_dataset
@@ -217,6 +217,7 @@ def single(config: Config, data: Data, name: str) -> report.Line:
     line = evaluated(trainer, test_data, name, load_best_model=True)
     line.seconds["train"] = seconds
     line.valid = {key: float(value) for key, value in (trainer.best_valid_result or {}).items()}
+    write_json(folder / "config.json", settings_of(config))
     line.save(folder)
     return line
 

@@ -11,6 +11,7 @@ from recbole_llm import Recommender, load_recommender
 from recbole_llm.command import main
 from recbole_llm.knowledge import Knowledge
 from recbole_llm.quick_start import run_recbole_llm
+from recbole_llm.report import compared
 from tests.pipelines import ring_settings
 
 
@@ -31,6 +32,10 @@ def test_dllm2rec_has_three_lines_and_the_second_time_they_come_from_the_cache(r
     assert "This run is going to:" in (folder / "run.log").read_text(encoding="utf-8")
     again = run("DLLM2Rec", ring, tiny_lm, state="info")
     assert all(line.cached for line in again["lines"]) and again["test_result"] == first["test_result"]
+    alone = next(folder for folder in Path("saved/runs").iterdir() if folder.name.startswith("SASRec-"))
+    assert "SASRec distilled against SASRec alone, NDCG@10 on 60 test rows" in compared(
+        [Path(first["folder"])], [alone]
+    )
     other = run("DLLM2Rec", ring, tiny_lm, distill_weight=0.7)
     assert [line.cached for line in other["lines"]] == [True, True, False]
     assert "cache" in other["table"] and "this run" in other["table"]
