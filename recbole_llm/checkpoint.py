@@ -227,7 +227,9 @@ def unpack_optimizer(
         index, slot = name.split(".", 1)
         state.setdefault(int(index), {})[slot] = value
     groups = [
-        {key: tuple(value) if isinstance(now.get(key), tuple) else value for key, value in group.items()}
+        # what an older state does not know stays as it is now
+        {key: value for key, value in now.items() if key != "params"}
+        | {key: tuple(value) if isinstance(now.get(key), tuple) else value for key, value in group.items()}
         for group, now in zip(values["groups"], optimizer.param_groups, strict=True)
     ]
     optimizer.load_state_dict({"state": state, "param_groups": groups})

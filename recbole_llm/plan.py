@@ -44,7 +44,9 @@ def steps(config: Any, data: tuple) -> list[Step]:
         count = _some(config["teacher_eval_rows"], len(test_data._dataset))
         return [*tuning(config, targets, rate), writing("Test the LLM", config["llm"], count, rate)]
     if not config["student"] or config["distill_mode"] == "off":
-        return [training(config, config["student"] or config["model"], targets, train_data._dataset.item_num, rate)]
+        items = train_data._dataset.item_num
+        name = config["student"] or config["model"]
+        return [training(config, name, targets, items, rate), *refining(config, targets, items, rate)]
     plan = []
     if config["teacher_knowledge"]:
         plan.append(Step(f"Take the Knowledge from {config['teacher_knowledge']}", None))
@@ -92,30 +94,33 @@ def teaching_by_model(config: Any, request: knowledge.Request, dataset: Any, rat
             plan += refining(own, part, items, rate)
         if not missing:
             plan.append(Step(f"Take the trained teachers of {folds} folds", None))
-    spares = "teacher_rows" in config.external_config_dict or own["p5_history"]
-    rows = _some(config["teacher_rows"], targets) if spares else targets
+    whole = not own["p5_history"] and own["lite_rec_mask"] != "bidirectional"  # whether one pass may label all rows
+    rows = (
+        targets
+        if whole and "teacher_rows" not in config.external_config_dict
+        else _some(config["teacher_rows"], targets)
+    )
     # one look forward costs a third of a step of training, and a search is many looks
     looks = own["p5_beams"] if own["p5_history"] else 1
-    seconds = training(own, name, rows, items, rate).seconds / epochs_of(own) / 3
-    return [*plan, Step(f"{name} labels {rows} of {targets} training rows", seconds * looks)]
+    upto = "" if own["lite_head"] or own["p5_history"] else "up to "  # of RecBole's models a check decides
+    return [
+        *plan,
+        Step(
+            f"{name} labels {upto}{rows} of {targets} training rows", looks * epoch_seconds(own, rows, items, rate) / 3
+        ),
+    ]
 
 
 def refining(config: Any, targets: int, items: int, rate: float) -> list[Step]:
     """Phase B of Lite-LLM4Rec, if it has one: every item of a batch is read anew, forwards, backwards and forwards again."""
     if config["lite_item_train"] in (None, "frozen") or config["lite_share_backbones"]:
         return []
-    from recbole_llm.backbone import configuration, text_config  # rule: only runs that train an LLM import its library
-    from recbole_llm.pretrained import find
-
-    network, epochs = (
-        text_config(configuration(find(config["llm"], config["llm_revision"]))),
-        config["lite_unfreeze_epochs"],
-    )
+    width, layers = size_of_llm(config, "llm")
+    epochs = config["lite_unfreeze_epochs"]
     read = min(items, config["train_batch_size"]) * targets / config["train_batch_size"] * TITLE_TOKENS
-    work = epochs * read * 8 * 12 * network.num_hidden_layers * network.hidden_size**2
+    work = read * 8 * 12 * layers * width**2 / (rate * TRAIN_LLM)
     what = f"Train its Item LLM, too ({config['lite_item_train']}), at most {epochs} epochs"
-    once = training(config, "", targets, items, rate).seconds / epochs_of(config)
-    return [Step(what, epochs * once + work / (rate * TRAIN_LLM))]
+    return [Step(what, epochs * (epoch_seconds(config, targets, items, rate) + work))]
 
 
 def epochs_of(config: Any) -> int:
@@ -141,15 +146,20 @@ def writing(what: str, llm: str, rows: int, rate: float) -> Step:
 
 def training(config: Any, name: str, targets: int, n_items: int, rate: float) -> Step:
     """The stage of training a small sequential model, with as many epochs as are usual."""
-    width, layers = size(config)
     epochs = epochs_of(config)
-    work = targets * epochs * 6 * ((config["lite_head_width"] or width) * n_items + layers * 12 * width * width)
+    rows = min(targets, config["p5_train_rows"] or targets)
+    what = f"Train {name} on {targets} targets, about {epochs} epochs until early stopping"
+    return Step(what, epochs * epoch_seconds(config, rows, n_items, rate))
+
+
+def epoch_seconds(config: Any, targets: int, n_items: int, rate: float) -> float:
+    """How long such a model is trained on some targets, each once."""
+    width, layers = size(config)
+    work = targets * 6 * ((config["lite_head_width"] or width) * n_items + layers * 12 * width * width)
     if config["p5_history"]:  # its encoder reads a whole history, in about two pieces per item, for every target
         weights = parameters(config["llm"]) if config["llm"] else 12 * config["p5_layers"] * config["p5_width"] ** 2
-        rows = min(targets, config["p5_train_rows"]) or targets
-        work = rows * epochs * 6 * 2 * config["p5_history"] * weights
-    what = f"Train {name} on {targets} targets, about {epochs} epochs until early stopping"
-    return Step(what, work / (rate * TRAIN_STUDENT))
+        work = targets * 6 * 2 * config["p5_history"] * weights
+    return work / (rate * TRAIN_STUDENT)
 
 
 def size(config: Any) -> tuple[int, int]:
@@ -157,11 +167,20 @@ def size(config: Any) -> tuple[int, int]:
     if not config["lite_head"]:
         width = config["hidden_size"] or config["embedding_size"] or 64
         return width, config["n_layers"] or config["num_layers"] or 1
-    from recbole_llm.backbone import configuration, text_config  # rule: only runs that train an LLM import its library
-    from recbole_llm.pretrained import find
+    width, layers = size_of_llm(config, "lite_rec_llm" if config["lite_rec_llm"] else "llm")
+    return width, config["lite_rec_layers"] or layers
 
-    network = text_config(configuration(find(config["lite_rec_llm"] or config["llm"])))
-    return network.hidden_size, config["lite_rec_layers"] or network.num_hidden_layers
+
+def size_of_llm(config: Any, key: str) -> tuple[int, int]:
+    """Width and layers of the language model that a setting names; those of a small encoder if it is not on this machine yet."""
+    from recbole_llm.backbone import configuration, text_config  # rule: only runs that train an LLM import its library
+    from recbole_llm.pretrained import find_local
+
+    folder = find_local(config[key], config["llm_revision"] if key == "llm" else None, key)
+    if folder is None:
+        return 384, 6
+    network = text_config(configuration(folder))
+    return network.hidden_size, network.num_hidden_layers
 
 
 def parameters(llm: str) -> float:

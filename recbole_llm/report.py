@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from texttable import Texttable
 
-from recbole_llm.artifacts import read_json, write_json, write_text
+from recbole_llm.artifacts import DamagedArtifact, read_json, write_json, write_text
 
 Z95 = 1.959964
 SINGLE_TARGET = ("recall", "hit", "ndcg", "mrr")  # metrics whose value in a row follows from one rank
@@ -161,18 +161,27 @@ def compared(ours: Sequence[Path], theirs: Sequence[Path]) -> str:
     Raises:
         ValueError: A folder holds no finished run, or the runs were not tested alike.
     """
-    lines, protocols = {}, {}
+    lines, protocols, chosen = {}, {}, {}
     for folder in (*ours, *theirs):
         try:
             lines[folder], settings = Line.load(folder), read_json(folder / "config.json")
-        except FileNotFoundError as error:
+        except (FileNotFoundError, DamagedArtifact) as error:
             raise ValueError(f"{folder}: no finished run there ({error}). Name folders in saved/runs.") from error
-        protocols[folder] = {key: settings.get(key) for key in SAME} | {"test rows": len(lines[folder].ranks)}
+        chosen[folder] = settings
+        rows = lines[folder].rows
+        protocols[folder] = {key: settings.get(key) for key in SAME} | {"test rows": rows or len(lines[folder].ranks)}
     first = protocols[ours[0]]
     for folder, protocol in protocols.items():
         if differ := [f"{key} ({protocol[key]}, not {first[key]})" for key in first if protocol[key] != first[key]]:
             raise ValueError(f"{folder}: was not tested as {ours[0]} was; what differs: {', '.join(differ)}.")
     metric, _, k = first["valid_metric"].partition("@")
+    if metric.lower() not in SINGLE_TARGET:
+        raise ValueError(
+            f"valid_metric={first['valid_metric']}: does not follow from one rank per row; there is {', '.join(SINGLE_TARGET)}. Set "
+            "valid_metric and run anew."
+        )
+    for folders in (ours, theirs):
+        _refuse_other_than_seeds([chosen[folder] for folder in folders], folders)
     groups = [[lines[folder] for folder in folders] for folders in (ours, theirs)]
     names = [f"{name.lower()}@{cut}" for cut in first["topk"] for name in first["metrics"]]
     means = []
@@ -182,7 +191,35 @@ def compared(ours: Sequence[Path], theirs: Sequence[Path]) -> str:
     return f"{_draw(['model', 'seeds', *names], means)}\n{gain_sentence(*groups, metric, int(k))}"
 
 
-SAME = ("dataset", "eval_args", "seen_items", "topk", "metrics", "valid_metric", "val_interval")
+def _refuse_other_than_seeds(settings: Sequence[dict[str, Any]], folders: Sequence[Path]) -> None:
+    """Refuse runs that are not one model under different seeds. Raises: ValueError."""
+    first = settings[0]
+    for folder, other in zip(folders[1:], settings[1:], strict=True):
+        keys = sorted((first.keys() | other.keys()) - {"seed", *OF_A_MACHINE})
+        if differ := [key for key in keys if first.get(key) != other.get(key)]:
+            raise ValueError(
+                f"{folder}: is no other seed of {folders[0]}; what differs: {', '.join(differ)}. Name runs of one model."
+            )
+    seeds = [each.get("seed") for each in settings]
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"seed={seeds}: a seed stands twice; there is one run per seed to name. Leave one out.")
+
+
+OF_A_MACHINE = (
+    "data_path",
+    "checkpoint_dir",
+    "threads",
+    "device",
+    "gpu_id",
+    "use_gpu",
+    "show_progress",
+    "state",
+    "resume",
+)
+SAME = (
+    "dataset", "eval_args", "seen_items", "topk", "metrics", "valid_metric", "val_interval", "user_inter_num_interval",
+    "item_inter_num_interval",
+)  # fmt: skip
 """Settings without which two runs cannot be compared row by row."""
 
 

@@ -27,7 +27,7 @@ NOT_IDENTITY = {
     "teacher_eval_rows", "eval_batch_size", "eval_step", "loss_decimal_place", "generate_tokens_per_batch",
 }  # fmt: skip
 # Settings of RecBole that choose which epoch of a training is kept.
-OF_VALIDATION = {"valid_metric", "eval_args", "seen_items"}
+OF_VALIDATION = {"valid_metric", "eval_args", "seen_items", "eval_step", "metric_decimal_place"}
 # Settings of overall.yaml that shape a model trained on the log; an LLM's training reads none of them.
 OF_THE_LOG = {
     "positions", "window_overlap", "loss_over", "loss_negatives", "loss_sampling", "loss_gbce_t",
@@ -103,9 +103,14 @@ def best_of(scores: Tensor, target: Tensor, k: int, plain: Tensor | None = None)
 
 
 def log_probability(scores: Tensor) -> Tensor:
-    """Log softmax over real items, -inf for the padding item; rows that are probabilities keep their ratios. Args: scores [B, n_items]."""
+    """Log softmax over real items, -inf for the padding item; probabilities keep their ratios. Args: scores [B, n_items].
+
+    Probabilities are told by a batch none of whose scores is negative and none of whose rows sums to more than 1 (to less, where a
+    model has set some items to 0).
+    """
     scores = scores.float()
-    if bool((scores >= 0).all()) and bool(((scores.sum(dim=1) - 1).abs() < 1e-3).all()):
+    total = scores.sum(dim=1)
+    if bool((scores >= 0).all()) and bool(((total > 0) & (total < 1 + 1e-3)).all()):
         scores = scores.clamp_min(torch.finfo(scores.dtype).tiny).log()
     scores = scores.index_fill(1, torch.zeros(1, dtype=torch.long, device=scores.device), float("-inf"))
     return torch.log_softmax(scores, dim=1)
@@ -174,9 +179,12 @@ def identity(config: Any, labelling: bool) -> dict[str, Any]:
     keys = set(read_yaml(PROPERTIES / "model" / f"{name}.yaml")) or set(read_yaml(recbole_yaml(name)))
     if "prompt_lead" not in keys:
         keys |= OF_THE_LOG
-    if "prompt_lead" not in keys or config["ground_reweight"] != "none":  # an LLM is stopped by the loss of its answers
-        keys |= OF_VALIDATION
-    keys = (keys | {*training_arguments, "seed", "title_field"}) - NOT_IDENTITY
+    by_ranking = (
+        "prompt_lead" not in keys or config["ground_reweight"] != "none"
+    )  # an LLM is stopped by the loss of its answers
+    keys = (keys | {*training_arguments, "seed", "title_field"}) - NOT_IDENTITY | (
+        OF_VALIDATION if by_ranking else set()
+    )
     if "teacher_history" not in keys:  # what has a history of its own does not depend on the student's rows
         keys.add("MAX_ITEM_LIST_LENGTH")
     if not labelling and config["ground_reweight"] in (None, "none"):  # gamma is chosen when the teacher is trained

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from recbole_llm import knowledge as knowledge_file
+from recbole_llm import pretrained
 from recbole_llm.attached import attach
 from recbole_llm.folds import folds_of, user_table
 from recbole_llm.knowledge import Knowledge, Request, ensure
@@ -325,3 +326,18 @@ def test_the_plan_says_what_is_still_to_be_trained(ring, tiny_lm):
     after = plan()
     assert after[0].startswith("Take the trained LiteLLM4Rec") and "Take the trained teachers of 2 folds" in after
     assert not any("Item LLM" in what for what in after)
+
+
+def test_the_plan_of_lite_llm4rec_alone_names_phase_b_and_asks_no_network(ring, tiny_lm, monkeypatch):
+    settings = ring_settings(ring, "LiteLLM4Rec", tiny_lm, lite_item_train="full", llm_revision="v2")
+    monkeypatch.setattr(pretrained, "find", None)
+    plan = run_recbole_llm("LiteLLM4Rec", "ring", config_dict=settings, estimate=True)["plan"]
+    assert [step.what.split(",")[0] for step in plan] == ["Train LiteLLM4Rec on 540 targets", "Train its Item LLM"]
+    settings = ring_settings(
+        ring, "DLLM2Rec", teacher="P5", teacher_epochs=0, teacher_p5_train_rows=30, teacher_rows=90
+    )
+    settings |= {"distill_ranking": "softmax"}
+    few = run_recbole_llm("DLLM2Rec", "ring", config_dict=settings, estimate=True)["plan"]
+    many = run_recbole_llm("DLLM2Rec", "ring", config_dict=settings | {"teacher_rows": 180}, estimate=True)["plan"]
+    labels = [next(step for step in plan if "labels" in step.what) for plan in (few, many)]
+    assert "labels 90 of 540" in labels[0].what and labels[1].seconds > 1.2 * labels[0].seconds

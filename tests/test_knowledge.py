@@ -231,6 +231,7 @@ def test_tuning_the_student_throws_no_label_away(ring, settings):
         {"teacher_window_overlap": 3},
         {"seen_items": "mask"},
         {"valid_metric": "Hit@1"},
+        {"teacher_eval_step": 2},
     ],
     ids=str,
 )

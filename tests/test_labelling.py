@@ -119,6 +119,8 @@ def test_scores_that_are_probabilities_are_taken_as_such(parts):
     found = log_probability(torch.tensor([[0.1, 0.7, 0.2, 0.0]]))
     assert found[0, 1:3].exp().tolist() == pytest.approx([0.7 / 0.9, 0.2 / 0.9], abs=1e-4)
     assert torch.isfinite(found[0, 3])
+    some = log_probability(torch.tensor([[0.1, 0.5, 0.0, 0.3]]))  # a model may set what was met to 0
+    assert (some[0, 1] - some[0, 3]).exp() == pytest.approx(5 / 3, rel=1e-4)
     log, teacher = Log.from_dataset(parts.train._dataset), teacher_of(parts, "RepeatNet")
     _, score, _ = row_by_row(teacher, log, torch.arange(12), 24)
     batch = Labeller(teacher, log, torch.arange(12), 24, 8, 10)._batch(torch.arange(12))

@@ -192,6 +192,78 @@ def test_the_rates_rise_for_so_many_steps_with_any_optimizer_and_after_a_resume(
     assert again.trainer.optimizer.param_groups[0]["steps"] == 3 * steps
 
 
+def test_phase_b_begins_with_the_best_weights_of_phase_a(ring, folders, monkeypatch):
+    """A learns so fast that it soon gets worse."""
+    settings = {"lite_item_train": "full", "lite_unfreeze_epochs": 1, "epochs": 8, "learning_rate": 0.3}
+    run, begins = Run(ring, folders["bert"], **settings), {}
+    begin = type(run.trainer)._begin_b
+
+    def noted(trainer, *args):
+        begins["best"] = read_checkpoint(trainer.saved_model_file)
+        begins["now"] = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+        begins["last"] = len(trainer.train_loss_dict) - 1
+        begin(trainer, *args)
+
+    monkeypatch.setattr(type(run.trainer), "_begin_b", noted)
+    run.fit()
+    best = begins["best"]["state_dict"]
+    assert begins["best"]["epoch"] < begins["last"] and all(
+        torch.equal(begins["now"][name], best[name]) for name in best
+    )
+
+
+@pytest.mark.parametrize(("every", "evaluations"), [(3, 2), (0, 0)])
+def test_phase_b_is_validated_whatever_eval_step_is(ring, folders, caplog, every, evaluations):
+    """Its epochs may be fewer than eval_step; without any validation nothing is said to be kept."""
+    caplog.set_level("INFO")
+    settings = {"lite_item_train": "full", "lite_unfreeze_epochs": 2, "epochs": 3, "eval_step": every}
+    run, scores = Run(ring, folders["bert"], **settings), []
+    run.fit(callback_fn=lambda epoch, score: scores.append(score))
+    assert len(scores) == evaluations and (" is kept" in caplog.text) == bool(evaluations)
+    assert ("from the best weights" if evaluations else "from the last weights") in caplog.text
+    if not evaluations:
+        saved = read_checkpoint(run.trainer.saved_model_file)
+        assert any(name.startswith("item_llm.") for name in saved["state_dict"])
+
+
+def test_without_files_nothing_is_said_to_be_kept(ring, folders, caplog):
+    caplog.set_level("INFO")
+    settings = {"lite_item_train": "full", "lite_unfreeze_rate": 1.0, "lite_unfreeze_epochs": 1, "epochs": 2}
+    Run(ring, folders["bert"], **settings).fit(saved=False)
+    assert "from the last weights" in caplog.text and "is kept" not in caplog.text and "with phase B" in caplog.text
+
+
+def test_a_kill_between_the_first_checkpoint_of_phase_b_and_its_state_is_resumed_exactly(ring, folders, monkeypatch):
+    settings = {
+        "lite_item_train": "full",
+        "epochs": 1,
+        "lite_unfreeze_epochs": 3,
+        "lite_unfreeze_rate": 1.0,
+        "lite_dropout": 0.1,
+    }
+    whole = Run(ring, folders["bert"], checkpoint_dir="whole", **settings)
+    whole.trainer.keep_in("whole/run")
+    whole.fit()
+    stopped = Run(ring, folders["bert"], checkpoint_dir="parts", **settings)
+    stopped.trainer.keep_in("parts/run")
+    write = stopped.trainer._write_resume
+
+    def dies(epoch):
+        if stopped.trainer.phase == "B" and epoch == 0:
+            raise KeyboardInterrupt
+        write(epoch)
+
+    monkeypatch.setattr(stopped.trainer, "_write_resume", dies)
+    with pytest.raises(KeyboardInterrupt):
+        stopped.fit()
+    resumed = Run(ring, folders["bert"], checkpoint_dir="parts", **settings)
+    resumed.trainer.keep_in("parts/run")
+    resumed.fit()
+    ours, theirs = whole.model.state_dict(), resumed.model.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert whole.trainer.best_valid_score == resumed.trainer.best_valid_score
+
+
 def test_a_run_killed_in_phase_b_goes_on_there_and_ends_the_same(ring, folders):
     settings = {
         "lite_item_train": "full",
@@ -330,6 +402,7 @@ def test_the_revision_is_asked_for_wherever_the_llm_is_looked_for(ring, folders,
         ({"lite_item_chunk": 0.5}, "lite_item_chunk=0.5: not possible"),
         ({"lite_fresh_items": -2}, "lite_fresh_items=-2: not possible"),
         ({"lite_head_width": -8}, "lite_head_width=-8: not possible"),
+        ({"lite_unfreeze_rate": -0.1}, "lite_unfreeze_rate=-0.1: not possible; there is numbers from 0.0 upwards"),
         ({"lite_dropout": 1.5}, "lite_dropout=1.5: not possible; there is numbers from 0.0 to 1.0"),
         ({"lite_item_template": "{brand}"}, "lite_item_template=brand: no such column"),
     ],

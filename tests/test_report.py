@@ -281,25 +281,40 @@ def test_the_protocol_and_the_rows_of_a_teacher_are_said():
     assert teaching_sentences(line()) == []
 
 
-def run_of(folder, name, ranks, **settings):
+def run_of(folder, name, ranks, seed=1, **settings):
     """A finished run's folder."""
     folder.mkdir()
     metrics = {"ndcg@10": float(row_metric(ranks, "ndcg", 10).mean())}
     Line(name, metrics, ranks).save(folder)
     write_json(
         folder / "config.json",
-        {"dataset": "ring", "metrics": ["NDCG"], "topk": [10], "valid_metric": "NDCG@10"} | settings,
+        {"dataset": "ring", "metrics": ["NDCG"], "topk": [10], "valid_metric": "NDCG@10", "seed": seed} | settings,
     )
     return folder
 
 
 def test_runs_of_several_seeds_stand_beside_each_other(tmp_path):
     """Rows are averaged over seeds before they are compared: 1 and 0 in a row are 0.5."""
-    ours = [run_of(tmp_path / "a", "A", [0, -1] * 20), run_of(tmp_path / "b", "A", [0, 0] * 20)]
+    ours = [run_of(tmp_path / "a", "A", [0, -1] * 20), run_of(tmp_path / "b", "A", [0, 0] * 20, seed=2)]
     theirs = [run_of(tmp_path / "c", "B", [0, -1] * 20)]
     said = compared(ours, theirs)
     assert "0.7500 ±0.3536" in said and "0.5000" in said
     assert "A against B, NDCG@10 on 40 test rows, seeds 2 and 1: +50.0 %" in said.replace("%", " %").replace("  ", " ")
+
+
+def test_runs_that_are_no_seeds_of_one_model_are_refused(tmp_path):
+    one, twice = run_of(tmp_path / "a", "A", [0, 1]), run_of(tmp_path / "b", "A", [0, 1])
+    with pytest.raises(ValueError, match=r"seed=\[1, 1\]: a seed stands twice"):
+        compared([one, twice], [one])
+    wider = run_of(tmp_path / "c", "A", [0, 1], seed=2, hidden_size=128)
+    with pytest.raises(ValueError, match="c: is no other seed of .*a; what differs: hidden_size"):
+        compared([one, wider], [one])
+    by_map = run_of(tmp_path / "d", "A", [0, 1], valid_metric="MAP@10")
+    with pytest.raises(ValueError, match="valid_metric=MAP@10: does not follow from one rank per row"):
+        compared([by_map], [by_map])
+    (tmp_path / "d" / "metrics.json").write_text("half")
+    with pytest.raises(ValueError, match="d: no finished run there"):
+        compared([tmp_path / "d"], [one])
 
 
 def test_runs_that_were_tested_otherwise_are_refused(tmp_path):

@@ -71,6 +71,8 @@ class LiteLLM4Rec(Teacher):
         for key, least in LEAST.items():
             check_range(config, key, least)
         check_range(config, "lite_dropout", 0.0, 1.0)
+        for key in ("lite_unfreeze_rate", "lite_llm_learning_rate", "lite_lora_alpha"):
+            check_range(config, key, 0.0)
         self.config = config
         self.causal, self.pool = config["lite_rec_mask"] == "causal", config["lite_rec_pool"]
         has_text = hasattr(dataset, "item_feat")
@@ -256,6 +258,7 @@ class LiteLLM4Rec(Teacher):
         Raises:
             ValueError: The head is free, so that it has no vector for an item that it was not trained on.
         """
+        self.refresh()
         self.item_embedding.add(self.item_reader(["", *texts]).table()[1:])
         self.n_items += len(texts)
         if self.texts is not None:
@@ -285,10 +288,12 @@ class LiteLLM4Rec(Teacher):
         config = self.config
         folder = find(config["llm"], config["llm_revision"])
         of_rec = find(config["lite_rec_llm"], key="lite_rec_llm") if config["lite_rec_llm"] else folder
+        drawn = "weights drawn at random"
+        shares_drawn = config["lite_share_backbones"] and not config["lite_rec_pretrained"]
         return {
-            "llm": provenance_of(folder),
+            "llm": drawn if shares_drawn else provenance_of(folder),
             "llm_digest": digest_of(folder),
-            "lite_rec_llm": provenance_of(of_rec) if config["lite_rec_pretrained"] else "weights drawn at random",
+            "lite_rec_llm": provenance_of(of_rec) if config["lite_rec_pretrained"] else drawn,
         }
 
     def state_dict(self, *args, **kwargs):
@@ -324,6 +329,7 @@ class LiteLLM4RecTrainer(SequenceTrainer):
     phase = "A"
     frozen_score: float | None = None
     """Best validation score of phase A, once there is a phase B."""
+    _writes_first_of_b = False
 
     def _build_optimizer(self, **kwargs):
         """RecBole's optimizer with a smaller learning rate for LLMs, and a linear warm-up."""
@@ -359,7 +365,7 @@ class LiteLLM4RecTrainer(SequenceTrainer):
             super().fit(train_data, valid_data, *options)
             if saved:
                 self._load_best()
-        self._begin_b(resumes_b, bool(valid_data))
+        self._begin_b(resumes_b, bool(valid_data), saved)
         result = super().fit(train_data, valid_data, *options)
         if self.frozen_score is None:
             return result
@@ -367,8 +373,16 @@ class LiteLLM4RecTrainer(SequenceTrainer):
         if kept == "A":
             self.best_valid_score = self.frozen_score
         best = f"{self.frozen_score:.6f} on validation, with phase B {self.best_valid_score:.6f}"
-        self.logger.info(f"Phase A (Item LLM frozen) reached {best}: {kept} is kept.")
+        self.logger.info(f"Phase A (Item LLM frozen) reached {best}{f': {kept} is kept' if saved else ''}.")
         return self.best_valid_score, self.best_valid_result
+
+    def _prepare(self, train_data):
+        super()._prepare(train_data)
+        if (
+            self._writes_first_of_b
+        ):  # a kill before B's first evaluation has to find B, whose weights may stand in A's file by then
+            self._writes_first_of_b = False
+            self._write_resume(-1)
 
     def _bar(self) -> float:
         """What phase B has to reach: the next number that is better than phase A's, since RecBole keeps the later of two equals."""
@@ -378,7 +392,7 @@ class LiteLLM4RecTrainer(SequenceTrainer):
         state, meta = read_weights(self.saved_model_file, self.device)
         self.model.load_state_dict(split_other_parameter(state, meta)[0])
 
-    def _begin_b(self, resumes: bool, validates: bool) -> None:
+    def _begin_b(self, resumes: bool, validates: bool, saved: bool) -> None:
         """Let the Item LLM be trained, with an optimizer of its own and a count of epochs of its own."""
         self.phase = "B"
         self.model.unfreeze()
@@ -387,14 +401,17 @@ class LiteLLM4RecTrainer(SequenceTrainer):
             self.logger.info("One network is both levels: everything is trained at once, there is no phase A.")
             return
         self.epochs = self.config["lite_unfreeze_epochs"]
+        self.eval_step = min(self.config["eval_step"], self.epochs)
+        validates = validates and self.eval_step > 0
         if resumes:
-            self.frozen_score = self._resumed[1]["frozen_score"]
+            self.frozen_score = self._resumed[1].get("frozen_score")
         else:
             self.start_epoch = self.cur_step = 0
+            self._writes_first_of_b = saved
             if validates:
                 self.frozen_score = self.best_valid_score
                 self.best_valid_score = self._bar()
-        begins = "best" if validates else "last"
+        begins = "best" if validates and saved else "last"
         self.logger.info(
             f"Phase B: the Item LLM is trained, too ({self.config['lite_item_train']}), from the {begins} weights of phase A."
         )
