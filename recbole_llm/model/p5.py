@@ -151,8 +151,8 @@ class P5(Teacher):
         config = self.config
         if config["llm"]:
             return t5.blank(config["llm"], config["llm_revision"], vocabulary)
-        sizes = {name: config[f"p5_{name}"] for name in ("layers", "width", "heads", "inner", "dropout")}
-        return t5.build(vocabulary, **sizes)
+        sizes = config["p5_layers"], config["p5_width"], config["p5_heads"], config["p5_inner"], config["p5_dropout"]
+        return t5.build(vocabulary, *sizes)
 
     def _build(self, network: nn.Module, items: list, users: list, words: list) -> None:
         if not indexing.is_prefix_free(items):
