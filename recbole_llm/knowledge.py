@@ -178,9 +178,8 @@ class Request:
         log = Log.from_dataset(dataset)
         if fault := fault_of_folds(config, teacher, len(log.users)):
             raise ValueError(fault)
-        check_topk(
-            teacher, dataset.item_num
-        )  # as the teacher's constructor will, so that the same teacher has the same key before and after
+        # as the teacher's constructor will, so that its key is the same before and after
+        check_topk(teacher, dataset.item_num)
         data = data_digest(log, dataset, teacher)
         # the same rows in another data set of the same name are told apart by `data`
         keys = {

@@ -95,20 +95,13 @@ def teaching_by_model(config: Any, request: knowledge.Request, dataset: Any, rat
         if not missing:
             plan.append(Step(f"Take the trained teachers of {folds} folds", None))
     whole = not own["p5_history"] and own["lite_rec_mask"] != "bidirectional"  # whether one pass may label all rows
-    rows = (
-        targets
-        if whole and "teacher_rows" not in config.external_config_dict
-        else _some(config["teacher_rows"], targets)
-    )
+    asked = 0 if whole and "teacher_rows" not in config.external_config_dict else config["teacher_rows"]
+    rows = _some(asked, targets)
     # one look forward costs a third of a step of training, and a search is many looks
     looks = own["p5_beams"] if own["p5_history"] else 1
     upto = "" if own["lite_head"] or own["p5_history"] else "up to "  # of RecBole's models a check decides
-    return [
-        *plan,
-        Step(
-            f"{name} labels {upto}{rows} of {targets} training rows", looks * epoch_seconds(own, rows, items, rate) / 3
-        ),
-    ]
+    seconds = looks * epoch_seconds(own, rows, items, rate) / 3
+    return [*plan, Step(f"{name} labels {upto}{rows} of {targets} training rows", seconds)]
 
 
 def refining(config: Any, targets: int, items: int, rate: float) -> list[Step]:

@@ -348,9 +348,8 @@ class LiteLLM4RecTrainer(SequenceTrainer):
         return optimizer
 
     def _warm_up(self, optimizer, args, kwargs) -> None:
-        for (
-            group
-        ) in optimizer.param_groups:  # a count of its own: not every optimizer has one, and on a GPU reading it waits
+        # a count of its own: not every optimizer has one, and on a GPU reading it waits
+        for group in optimizer.param_groups:
             group["steps"] += 1
             group["lr"] = group["peak"] * min(1.0, group["steps"] / max(1, self.config["lite_warmup_steps"]))
 
@@ -378,9 +377,8 @@ class LiteLLM4RecTrainer(SequenceTrainer):
 
     def _prepare(self, train_data):
         super()._prepare(train_data)
-        if (
-            self._writes_first_of_b
-        ):  # a kill before B's first evaluation has to find B, whose weights may stand in A's file by then
+        # a kill before B's first evaluation has to find B, whose weights may stand in A's file by then
+        if self._writes_first_of_b:
             self._writes_first_of_b = False
             self._write_resume(-1)
 
