@@ -36,6 +36,7 @@ setup(
         "pandas>=2.2",  # RecBole's tables
         "texttable>=1.6",  # the tables at the end of a run, as RecBole draws its own
         "tqdm>=4.66",  # progress bars
+        "matplotlib>=3.8",  # pictures of a run as PNG, without the browser that plotly would need
         "pyyaml>=6",  # settings
         # What RecBole needs and, on Python >= 3.12, is not there to ask for itself:
         "scipy>=1.12",
@@ -45,7 +46,7 @@ setup(
         "tensorboard>=2.5",
         "thop>=0.1.1.post2207130030",
         "tabulate>=0.9",
-        "plotly>=4.0",
+        "plotly>=4.0",  # and our pictures as pages of HTML
         "setuptools>=61",  # thop imports distutils
     ],
     extras_require={

@@ -148,7 +148,7 @@ def load_layers(
             faults.append(no_such_choice(key, value, allowed))
     faults += unknown_settings(config, known | handed_on(config, ours), ours, dataset, model)
     faults += missing_files(config, dataset)
-    for key in (f"{role}_config" for role in ROLES if role in ours):
+    for key in (f"{role}_config" for role, names in ROLES.items() if names in ours):
         if (file := config.external_config_dict.get(key)) and not Path(file).is_file():
             faults.append(f"{key}={file}: no such file. Set {key} to a yaml file, or leave it empty.")
     if faults:
@@ -165,7 +165,7 @@ def unknown_settings(
     """
     given = config.external_config_dict
     allowed = known | set(given.get("allow_keys") or [])
-    prefixes = tuple(f"{role}_" for role in ROLES if role in ours)
+    prefixes = tuple(f"{role}_" for role, names in ROLES.items() if names in ours)
     own_argv = isinstance(config, Config)
     wrong = []
     for key in sorted(set(given) - allowed):
@@ -177,16 +177,17 @@ def unknown_settings(
             continue
         hint = f" (did you mean '{close[0]}'?)" if close else ""
         wrong.append(f"  {key}={given[key]}{hint}")
-    for role in ROLES:
-        if role in ours:
-            wrong += wrong_role_settings(config, role, given.get(role, ours[role]), dataset, known)
+    for role, names in ROLES.items():
+        if names in ours:
+            wrong += wrong_role_settings(config, role, given.get(names, ours[names]), dataset, known)
     if not wrong:
         return []
     count = f"{len(wrong)} setting{'s' if len(wrong) > 1 else ''}"
     return [f"{count} that {model} on {dataset} does not have:", *wrong]
 
 
-ROLES = ("teacher",)
+ROLES = {"teacher": "teacher", "cloud": "cloud", "device": "device_model"}
+"""Models that work for another one: the prefix of their settings, and the setting that names them."""
 CHOICES = {
     "positions": ("auto", "all", "last"),
     "loss_over": ("all", "sampled", "gbce"),
@@ -199,9 +200,9 @@ CHOICES = {
 def handed_on(config: RecBoleConfig, ours: Mapping[str, Any]) -> set[str]:
     """Keys that belong to the data, not to a model, and are handed to whoever works for this one: the words of prompts."""
     keys: set[str] = set()
-    for role in ROLES:
-        if role in ours:
-            name = config.external_config_dict.get(role, ours[role])
+    for names in ROLES.values():
+        if names in ours:
+            name = config.external_config_dict.get(names, ours[names])
             keys |= {key for key in read_yaml(PROPERTIES / "model" / f"{name}.yaml") if key.startswith("prompt_")}
     return keys
 
@@ -210,7 +211,7 @@ def wrong_role_settings(config: RecBoleConfig, role: str, name: str, dataset: st
     """Lines for `<role>_<key>` settings that the model in that role does not have; also for an unknown model."""
     choices = [*model_files(), *sequential_models()]
     if name not in choices:
-        return [f"  {role}={name}: no such model{guess(name, choices)}"]
+        return [f"  {ROLES[role]}={name}: no such model{guess(name, choices)}"]
     declared = set(read_yaml(PROPERTIES / "model" / f"{name}.yaml")) | set(read_yaml(PROPERTIES / "overall.yaml"))
     declared |= set(read_yaml(recbole_yaml(name))) | {*training_arguments, *general_arguments, *dataset_arguments}
     declared |= {*evaluation_arguments, "loss_type"}
@@ -260,13 +261,23 @@ def missing_files(config: RecBoleConfig, dataset: str) -> list[str]:
     ]
 
 
-def role_config(config: RecBoleConfig, role: str) -> Config:
-    """The Config of a model that works for another one (`teacher`), from its own yaml and what is handed to it by prefix.
+def role_config(
+    config: RecBoleConfig, role: str, defaults: Mapping[str, Any] | None = None, fixed: Mapping[str, Any] | None = None
+) -> Config:
+    """The Config of a model that works for another one (`teacher`, `cloud`, `device`), from its own yaml and what is handed to it by
+    prefix.
 
     `--teacher_learning_rate=1e-4` becomes its `learning_rate`; keys that the other model's yaml declares itself
-    (`teacher_history`) keep their name. It shares data, protocol and machine, and inherits no training setting.
+    (`teacher_history`) keep their name. It shares data, protocol and machine, and inherits no training setting. Its seed is
+    `<role>_seed`, where there is such a setting.
+
+    Args:
+        config: Of the model that it works for.
+        role: One of `ROLES`.
+        defaults: Settings that win over its yaml and lose to what is handed to it.
+        fixed: Settings that win over all others.
     """
-    name = config[role]
+    name = config[ROLES[role]]
     declared = set(read_yaml(PROPERTIES / "model" / f"{name}.yaml")) | set(read_yaml(PROPERTIES / "overall.yaml"))
     own = set(read_yaml(PROPERTIES / "model" / f"{config['model']}.yaml"))
     settings = {key: value for key, value in config.final_config_dict.items() if key in SHARED}
@@ -274,6 +285,9 @@ def role_config(config: RecBoleConfig, role: str) -> Config:
         settings.pop("data_path", None)
     elif "data_path" in settings:  # RecBole has joined the data set's name to it
         settings["data_path"] = str(Path(settings["data_path"]).parent)
+    file = config[f"{role}_config"]
+    of_file = read_yaml(Path(file)) if file else {}
+    settings |= {key: value for key, value in (defaults or {}).items() if key not in of_file}
     settings |= {key: config[key] for key in own & declared if key.startswith(f"{role}_") and config[key] is not None}
     for key, value in config.external_config_dict.items():
         if key.startswith(f"{role}_") and key not in own:
@@ -283,10 +297,12 @@ def role_config(config: RecBoleConfig, role: str) -> Config:
         for key, value in config.external_config_dict.items()
         if key in declared and key.startswith("prompt_")
     }
-    settings["seed"] = config[f"{role}_seed"]
+    if f"{role}_seed" in own:
+        settings["seed"] = config[f"{role}_seed"]
+        if "teacher_seed" in declared:
+            settings["teacher_seed"] = config[f"{role}_seed"]
     settings.setdefault("show_progress", config["show_progress"])
-    file = config[f"{role}_config"]
-    return Config(name, config["dataset"], [file] if file else None, settings, read_argv=False)
+    return Config(name, config["dataset"], [file] if file else None, settings | dict(fixed or {}), read_argv=False)
 
 
 def shared(config: Mapping[str, Any], key: str) -> Any:

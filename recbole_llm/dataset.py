@@ -7,7 +7,7 @@ splits and batches are RecBole's, value for value.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -62,6 +62,11 @@ class FlatLog:
 
     def __deepcopy__(self, memo: dict) -> "FlatLog":
         return self  # never written to, so that copies of rows may share it
+
+    @property
+    def fields(self) -> list[str]:
+        """Names of its columns."""
+        return list(self._padded)
 
     def cut_to(self, width: int) -> "FlatLog":
         """The same log, whose rows read at most `width` items."""
@@ -318,13 +323,26 @@ class FlatSequentialDataset(SequentialDataset):
         log = FlatLog(columns, self.uid_field, self.iid_field, self.user_num, width)
         is_target = torch.ones(len(log), dtype=torch.bool)
         is_target[log.offsets[:-1][log.offsets.diff() > 0]] = False
-        pointer = is_target.nonzero()[:, 0]
-        rows = {field: values[pointer] for field, values in columns.items()}
+        lists = {field: getattr(self, f"{field}_list_field") for field in columns if field != self.uid_field}
+        self.inter_feat = self._rows_of(log, is_target.nonzero()[:, 0], columns, lists)
+
+    def _rows_of(self, log: FlatLog, pointer: Tensor, fields: Iterable[str], lists: Mapping[str, str]) -> Rows:
+        """The rows with these targets. Args: log; pointer [M]; fields of the target; fields of the history -> their columns."""
+        rows = {field: log.column(field)[pointer] for field in fields}
         rows[self.item_list_length_field] = log.length(pointer)
-        for field in columns:
-            if field != self.uid_field:
-                rows[getattr(self, f"{field}_list_field")] = ListColumn(log, field, pointer)
-        self.inter_feat = Rows(log, pointer, rows)
+        rows |= {column: ListColumn(log, field, pointer) for field, column in lists.items()}
+        return Rows(log, pointer, rows)
+
+    def with_rows(self, pointer: Tensor) -> "FlatSequentialDataset":
+        """A split whose rows are those with these targets, with the columns of this one; there must be a log.
+
+        Args:
+            pointer: Positions of the targets in `flat_log` [M].
+        """
+        columns, log = self.inter_feat.interaction, self.flat_log
+        lists = {values.field: name for name, values in columns.items() if isinstance(values, ListColumn)}
+        fields = [name for name in columns if name in log.fields and name not in lists.values()]
+        return self.copy(self._rows_of(log, pointer, fields, lists))
 
     def __getitem__(self, index, join=True):
         batch = super().__getitem__(index, join=False)

@@ -117,3 +117,16 @@ def data_digest(log: Log, dataset: Any, config: Any) -> str:
             "titles": sorted(zip(items, texts, strict=False)),
         }
     )
+
+
+def log_digest(log: Log, dataset: Any) -> str:
+    """Hash of a log by tokens: who met what, in which order. Args: the log; the dataset it is of."""
+    items = [str(token) for token in dataset.field2id_token[dataset.iid_field]]
+    users = dataset.field2id_token[dataset.uid_field]
+    return digest(
+        {
+            "users": [str(users[user]) for user in log.users.tolist()],
+            "offsets": log.offsets.tolist(),
+            "items": [items[item] for item in log.items.tolist()],
+        }
+    )

@@ -37,7 +37,8 @@ class Labeller:
         rows: Row numbers to label, ascending [M].
         k: Candidates per row.
         shard_rows: Rows of a shard, where they are labelled one by one.
-        overlap: Items of context of further windows, as in the teacher's training.
+        overlap: Items of context of further windows, as in the teacher's training; None reads every history on its own, so that each
+            row is labelled on as many items as the teacher can read.
     """
 
     teacher: Any
@@ -45,11 +46,11 @@ class Labeller:
     rows: Tensor
     k: int
     shard_rows: int
-    overlap: int
+    overlap: int | None
 
     def __post_init__(self):
         self.windows: Windows | None = None
-        if reads_windows(self.teacher):
+        if self.overlap is not None and reads_windows(self.teacher):
             length = self.teacher.max_seq_length
             self.windows = windows(self.log, length, self.overlap if self.overlap < length else length // 2)
         self._wanted = torch.zeros(len(self.log.items), dtype=torch.bool)

@@ -12,7 +12,10 @@ from typing import Any
 import torch
 
 from recbole_llm import knowledge, teacher
+from recbole_llm.config import role_config
 from recbole_llm.model.dllm2rec import Distillation
+from recbole_llm.model.lsc4rec import Collaboration, device_config
+from recbole_llm.timeline import Timeline
 
 # Speed of each kind of work, as a share of a plain matrix product's, measured on two CPU cores with SmolLM2-135M and SASRec; over
 # 1 where counted work is left out (gradients of frozen weights, the output layer at the prompt's positions).
@@ -43,6 +46,8 @@ def steps(config: Any, data: tuple) -> list[Step]:
     if config["prompt_lead"]:  # an LLM that is prompted; other models are trained whole
         count = _some(config["teacher_eval_rows"], len(test_data._dataset))
         return [*tuning(config, targets, rate), writing("Test the LLM", config["llm"], count, rate)]
+    if config["cloud"]:
+        return collaborating(config, train_data, rate)
     if not config["student"] or config["distill_mode"] == "off":
         items = train_data._dataset.item_num
         name = config["student"] or config["model"]
@@ -102,6 +107,46 @@ def teaching_by_model(config: Any, request: knowledge.Request, dataset: Any, rat
     upto = "" if own["lite_head"] or own["p5_history"] else "up to "  # of RecBole's models a check decides
     seconds = looks * epoch_seconds(own, rows, items, rate) / 3
     return [*plan, Step(f"{name} labels {upto}{rows} of {targets} training rows", seconds)]
+
+
+def collaborating(config: Any, train_data: Any, rate: float) -> list[Step]:
+    """Stages of LSC4Rec: the cloud, its lists, the phases of the device; the cloud takes no time if it is on disk."""
+    settings = Collaboration.from_config(config)
+    timeline = Timeline.of(train_data._dataset, settings.steps)
+    own, targets, items = role_config(config, "cloud"), len(timeline.train), timeline.log.n_items
+    users = min(settings.users or len(timeline.users), len(timeline.users))
+    views = users * (2 * settings.steps + 2 * settings.lag + 2)
+    history = timeline.split(timeline.train)
+    plan = []
+    if config["cloud_checkpoint"] or teacher.is_ready(teacher.folder_of(own, history)):
+        plan.append(Step(f"Take the trained {config['cloud']} from its folder", None))
+    elif own["prompt_lead"]:
+        plan += tuning(own, targets, rate)
+    else:
+        plan += [
+            training(own, f"{config['cloud']} (cloud)", targets, items, rate),
+            *refining(own, targets, items, rate),
+        ]
+    if own["prompt_lead"]:
+        rows = min(targets, settings.list_rows or targets) * ("cooperative" in settings.phases) + views
+        plan.append(writing(f"{config['cloud']} gives {rows} lists", own["llm"], rows, rate))
+    else:
+        # a view is read on its own: as much work as a window of targets, a third of it without a gradient
+        seconds = epoch_seconds(own, targets, items, rate) / 3
+        seconds += epoch_seconds(own, views * own["MAX_ITEM_LIST_LENGTH"], 0, rate) / 3
+        plan.append(
+            Step(
+                f"{config['cloud']} gives lists for {targets} historical rows and {views} views of {users} users",
+                seconds,
+            )
+        )
+    device = device_config(config)
+    for phase in settings.phases:
+        many = len(timeline.real_time.flatten()) if phase == "retrain" else targets
+        epochs = min(getattr(settings, f"{phase}_epochs"), USUAL_EPOCHS)
+        what = f"Train {config['device_model']} on the device, phase {phase}, on {many} targets, about {epochs} epochs"
+        plan.append(Step(what, epochs * epoch_seconds(device, many, items, rate)))
+    return plan
 
 
 def refining(config: Any, targets: int, items: int, rate: float) -> list[Step]:

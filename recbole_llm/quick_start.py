@@ -27,7 +27,7 @@ from recbole_llm.trainer import SequenceTrainer, trainer_class
 # Settings that change what is printed or where it runs, but not what comes out.
 NOT_IDENTITY = {
     "show_progress", "resume", "checkpoint_dir", "state", "gpu_id", "use_gpu", "config_files", "config_file_list", "data_path",
-    "log_wandb", "wandb_project", "allow_keys", "device", "distill_modes", "save_dataset", "save_dataloaders",
+    "log_wandb", "wandb_project", "allow_keys", "device", "distill_modes", "save_dataset", "save_dataloaders", "device_settings",
 }  # fmt: skip
 
 
@@ -73,13 +73,16 @@ def run_recbole_llm(
         if estimate:
             return {"plan": steps, "folder": str(folder)}
         refuse_early(config, data)
+        more = ""
         if config["student"] and config["distill_mode"] != "off":
             lines = distillation(config, data)
+        elif config["cloud"]:
+            lines, more = collaboration(config, data)
         else:
             lines = [
                 single(config, data, f"{config['student']} alone" if config["student"] else label(config["model"]))
             ]
-        return conclude(config, folder, lines, data.ties)
+        return conclude(config, folder, lines, data.ties, more)
 
 
 class Data(NamedTuple):
@@ -125,11 +128,14 @@ def refuse_early(config: Config, data: Data) -> None:
                 f"model={each['model']}: it has a trainer of its own, or is no sequential model; this runner trains RecBole's sequential "
                 "models and ours. Run it with RecBole's run_recbole, which `import recbole_llm` leaves as it is."
             )
-        if each is not config:
+        if each is not config and config["student"]:
             refuse_teacher(config, model, data)
         trainer = trainer_class(each)(each, model)
         for part in (data.valid, data.test):
             trainer.refuse_early(part)
+        # a cloud that is there already is not built, and no LLM library is imported
+        if each["cloud"] and not trainer.cloud.file.is_file():
+            models.append(trainer.cloud.config)
 
 
 def refuse_teacher(config: Config, model: Any, data: Data) -> None:
@@ -200,26 +206,63 @@ def alone(config: Config) -> Config:
 
 def single(config: Config, data: Data, name: str) -> report.Line:
     """Train and test one model; a finished run of the same settings is taken from its folder, a stopped one goes on."""
-    train_data, valid_data, test_data = data.train, data.valid, data.test
     folder = run_folder(config)
     if config["resume"] and (line := finished(folder)):
         return line
-    (folder / "metrics.json").unlink(missing_ok=True)  # until this training has ended, there is no result
-    init_seed(config["seed"], config["reproducibility"])
-    train_data.generator.manual_seed(config["seed"])  # a stage before may have drawn from it
-    model = get_model(config["model"])(config, train_data._dataset).to(config["device"])
-    trainer = trainer_class(config)(config, model)
-    trainer.keep_in(folder, config["resume"])
-    logging.getLogger().info(f"{name}: training begins, {sum(p.numel() for p in model.parameters()):,} parameters.")
-    began = perf_counter()
-    trainer.fit(train_data, valid_data, show_progress=config["show_progress"])
-    seconds = perf_counter() - began
-    line = evaluated(trainer, test_data, name, load_best_model=True)
+    trainer, seconds = trained(config, data, name, folder)
+    line = evaluated(trainer, data.test, name, load_best_model=True)
     line.seconds["train"] = seconds
     line.valid = {key: float(value) for key, value in (trainer.best_valid_result or {}).items()}
     write_json(folder / "config.json", settings_of(config))
     line.save(folder)
     return line
+
+
+def trained(config: Config, data: Data, name: str, folder: Path) -> tuple[Any, float]:
+    """A trainer whose model is trained now, or from where it was stopped, in a run's folder; and how many seconds that took."""
+    (folder / "metrics.json").unlink(missing_ok=True)  # until this training has ended, there is no result
+    init_seed(config["seed"], config["reproducibility"])
+    data.train.generator.manual_seed(config["seed"])  # a stage before may have drawn from it
+    model = get_model(config["model"])(config, data.train._dataset).to(config["device"])
+    trainer = trainer_class(config)(config, model)
+    trainer.keep_in(folder, config["resume"])
+    logging.getLogger().info(f"{name}: training begins, {sum(p.numel() for p in model.parameters()):,} parameters.")
+    began = perf_counter()
+    trainer.fit(data.train, data.valid, show_progress=config["show_progress"])
+    return trainer, perf_counter() - began
+
+
+def collaboration(config: Config, data: Data) -> tuple[list[report.Line], str]:
+    """Cloud, device and both together: the lines of LSC4Rec's table, its own test under `lsc_policy` last; and the text of its account.
+
+    A finished run is taken from its folder.
+    """
+    from recbole_llm.account import Account, Accountant
+    from recbole_llm.pictures import draw_all
+
+    folder = run_folder(config)
+    line = finished(folder) if config["resume"] else None
+    if line is not None and (folder / "account.json").is_file():
+        account = Account.load(folder)
+        return [*account.lines, line], account.text()
+    trainer, seconds = trained(config, data, "LSC4Rec", folder)
+    name = f"both (LSC4Rec), {config['lsc_policy']} at {config['lsc_rate']:.0%}"
+    if config["lsc_evaluation"] == "stream":
+        name += ", last step"
+    line = evaluated(trainer, data.test, name, load_best_model=True)
+    line.seconds["train"] = seconds
+    line.valid = {key: float(value) for key, value in trainer.best_valid_result.items()}
+    began = perf_counter()
+    account = Accountant(trainer).draw_up()
+    logging.getLogger().info(f"The account took {perf_counter() - began:.0f} s.")
+    account.save(folder)
+    files = draw_all(account, folder)
+    logging.getLogger().info(
+        f"Pictures: {', '.join(str(file) for file in files if file.suffix == '.png')}, and as .html."
+    )
+    write_json(folder / "config.json", settings_of(config))
+    line.save(folder)
+    return [*account.lines, line], account.text()
 
 
 def evaluated(trainer: Any, test_data: Any, name: str, load_best_model: bool) -> report.Line:
@@ -297,10 +340,13 @@ def log_into(folder: Path, level: str) -> Iterator[None]:
         handler.close()
 
 
-def conclude(config: Config, folder: Path, lines: list[report.Line], ties: float) -> dict[str, Any]:
+def conclude(config: Config, folder: Path, lines: list[report.Line], ties: float, more: str = "") -> dict[str, Any]:
     """Print the table, write the run's folder, and return what RecBole's `run_recbole` returns, and more."""
     protocol = report.protocol_sentence(config["eval_args"], config["seen_items"], ties, config["data_note"])
-    text = report.summary(lines, config["metrics"], config["topk"], config["valid_metric"], protocol)
+    if more:
+        text = "\n".join([report.main_table(lines, config["metrics"], config["topk"]), more, protocol])
+    else:
+        text = report.summary(lines, config["metrics"], config["topk"], config["valid_metric"], protocol)
     report.write_run(folder, settings_of(config), text, lines)
     logging.getLogger().info(f"Results, also in {folder}/table.txt:\n{text}")
     last = lines[-1]

@@ -112,7 +112,7 @@ def main_table(lines: Sequence[Line], metrics: Sequence[str], topk: Sequence[int
         ]
         for line in lines
     ]
-    return _draw(head, body)
+    return draw(head, body)
 
 
 def common_rows_table(lines: Sequence[Line], metrics: Sequence[str], topk: Sequence[int]) -> str:
@@ -129,7 +129,7 @@ def common_rows_table(lines: Sequence[Line], metrics: Sequence[str], topk: Seque
                 values = row_metric(ranks, metric, k)
                 cells.append(f"{values.mean():.4f} ±{half_width(values):.4f}")
         body.append([line.name, str(len(ranks)), *cells])
-    return _draw(["model", "test rows", *[f"{metric.lower()}@{k}" for k in topk for metric in known]], body)
+    return draw(["model", "test rows", *[f"{metric.lower()}@{k}" for k in topk for metric in known]], body)
 
 
 def gain_sentence(ours: Sequence[Line], theirs: Sequence[Line], metric: str, k: int) -> str:
@@ -188,7 +188,7 @@ def compared(ours: Sequence[Path], theirs: Sequence[Path]) -> str:
     for group in groups:
         cells = [[line.metrics[name] for line in group] for name in names]
         means.append([group[0].name, str(len(group)), *map(_mean_of_seeds, cells)])
-    return f"{_draw(['model', 'seeds', *names], means)}\n{gain_sentence(*groups, metric, int(k))}"
+    return f"{draw(['model', 'seeds', *names], means)}\n{gain_sentence(*groups, metric, int(k))}"
 
 
 def _refuse_other_than_seeds(settings: Sequence[dict[str, Any]], folders: Sequence[Path]) -> None:
@@ -315,7 +315,8 @@ def _seconds(value: float | None) -> str:
     return "-" if value is None else f"{value:.0f}"
 
 
-def _draw(head: list[str], body: list[list[str]]) -> str:
+def draw(head: list[str], body: list[list[str]]) -> str:
+    """A table as text: the first column to the left, all others to the right."""
     table = Texttable(max_width=0)
     table.set_deco(Texttable.HEADER | Texttable.BORDER | Texttable.VLINES)
     table.set_cols_dtype(["t"] * len(head))

@@ -202,7 +202,9 @@ def teacher_folder(config: Any, data: str) -> Path:
     return Path(config["checkpoint_dir"]) / "teachers" / f"{config['model']}-{config['dataset']}-{key}"
 
 
-def ready(config: Any, dataset: Any, valid_data: Any, checkpoint: str | None = None) -> SequentialRecommender:
+def ready(
+    config: Any, dataset: Any, valid_data: Any, checkpoint: str | None = None, key: str = "teacher_checkpoint"
+) -> SequentialRecommender:
     """The trained teacher: from `checkpoint`, from its own folder, or trained now (and resumed, if it was stopped).
 
     Args:
@@ -210,6 +212,7 @@ def ready(config: Any, dataset: Any, valid_data: Any, checkpoint: str | None = N
         dataset: RecBole's training split, which the teacher reads by loaders of its own.
         valid_data: RecBole's validation loader.
         checkpoint: File of a teacher trained elsewhere.
+        key: The setting that names it.
 
     Raises:
         ValueError: `checkpoint` names no file or another model.
@@ -221,10 +224,8 @@ def ready(config: Any, dataset: Any, valid_data: Any, checkpoint: str | None = N
     model = get_model(config["model"])(config, dataset).to(config["device"])
     if checkpoint:
         if not Path(checkpoint).is_file():
-            raise ValueError(
-                f"teacher_checkpoint={checkpoint}: no such file. Set teacher_checkpoint to a .safetensors file of ours."
-            )
-        return _loaded(model, checkpoint)
+            raise ValueError(f"{key}={checkpoint}: no such file. Set {key} to a .safetensors file of ours.")
+        return _loaded(model, checkpoint, key)
     folder = folder_of(config, dataset)
     file = folder / "model.safetensors"
     trainer = trainer_class(config)(config, model)
@@ -261,11 +262,11 @@ def seconds_of(folder: Path) -> float | None:
         return None
 
 
-def _loaded(model: SequentialRecommender, file: str | Path) -> SequentialRecommender:
+def _loaded(model: SequentialRecommender, file: str | Path, key: str = "teacher_checkpoint") -> SequentialRecommender:
     state = read_checkpoint(file, model.device)
     if state["config"]["model"] != type(model).__name__:
         raise ValueError(
-            f"teacher_checkpoint={file}: holds a {state['config']['model']}, not a {type(model).__name__}. Set teacher to "
+            f"{key}={file}: holds a {state['config']['model']}, not a {type(model).__name__}. Set {key.partition('_')[0]} to "
             f"{state['config']['model']} or name another file."
         )
     model.load_state_dict(state["state_dict"])

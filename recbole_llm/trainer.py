@@ -23,9 +23,10 @@ from recbole_llm.checkpoint import config_from_settings, read_checkpoint, write_
 from recbole_llm.config import shared
 from recbole_llm.evaluation import KeepsRanks, refuse_unmaskable, scored_by_length, seen_items_of
 from recbole_llm.hooks import replaced
+from recbole_llm.identity import log_digest
 from recbole_llm.layers import fast_layers, fuse_optimizer
 from recbole_llm.losses import CatalogueLoss
-from recbole_llm.sequences import Fields, Log, WindowLoader, row_positions, windows
+from recbole_llm.sequences import Fields, Log, WindowLoader, Windows, row_positions, windows
 
 __all__ = ["SequenceTrainer", "config_from_settings", "read_checkpoint", "write_checkpoint"]
 
@@ -192,7 +193,7 @@ class SequenceTrainer(Trainer):
             how = f"last position of {len(self.dataset)} rows"
         else:
             length, overlap = self._window_size()
-            cut = windows(log, length, overlap)
+            cut = self.windows_of(log, length, overlap)
             self.loader = WindowLoader(
                 log,
                 cut,
@@ -202,10 +203,14 @@ class SequenceTrainer(Trainer):
                 self.config["shuffle"] is not False,
                 self.dataset,
             )
-            size = f"{len(cut.start)} windows of up to {length} items (overlap {overlap}), {len(log.rows())} targets"
+            size = f"{len(cut.start)} windows of up to {length} items (overlap {overlap}), {int(cut.targets().sum())} targets"
             how = f"all positions of {size}"
             fuse_optimizer(self.optimizer)
         self.logger.info(f"Training on the {how}: {why}. CPU threads: {torch.get_num_threads()}.")
+
+    def windows_of(self, log: Log, length: int, overlap: int) -> Windows:
+        """The windows that are trained on; see `sequences.windows`."""
+        return windows(log, length, overlap)
 
     def _log_or_fault(self) -> tuple[Log | None, str]:
         """The log to cut windows from, or None; and why."""
@@ -327,8 +332,15 @@ class SequenceTrainer(Trainer):
 
     @cached_property
     def _catalogue(self) -> dict[str, Any]:
-        """What a checkpoint says of the items; nothing was trained where no data have been seen."""
-        return {"items": []} if self.dataset is None else checkpoint.catalogue(self.dataset)
+        """What a checkpoint says of the items and of the rows it was trained on; nothing where no data have been seen."""
+        if self.dataset is None:
+            return {"items": []}
+        try:
+            log = Log.from_dataset(self.dataset)
+            trained_on = {"rows": len(log.rows()), "log": log_digest(log, self.dataset)}
+        except ValueError:  # rows that are no prefixes of a log
+            trained_on = None
+        return checkpoint.catalogue(self.dataset) | {"trained_on": trained_on}
 
     def resume_checkpoint(self, resume_file):
         """Let the next `fit` go on where the training that wrote this checkpoint was after its last evaluated epoch.

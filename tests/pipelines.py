@@ -43,6 +43,21 @@ def ring_settings(data_path, model: str, tiny_lm=None, **more) -> dict:
     elif model == "P5":
         small |= {"p5_width": 32, "p5_inner": 64, "p5_heads": 2, "p5_layers": 1, "p5_digits": 1, "p5_beams": 10}
         small |= {"p5_group": 5, "p5_clusters": 3}
+    elif model == "LSC4Rec":
+        small = {key: SMALL[key] for key in ("topk", "valid_metric", "show_progress", "state")}
+        small |= {f"cloud_{key}": SMALL[key] for key in ("epochs", "stopping_step", "MAX_ITEM_LIST_LENGTH")}
+        small |= {
+            f"{role}_{key}": SMALL[key] for role in ("cloud", "device") for key in ("learning_rate", "train_batch_size")
+        }
+        small |= {"cloud_llm": str(tiny_lm), "cloud_lite_llm_learning_rate": 0.001, "cloud_lite_warmup_steps": 0}
+        small |= {"MAX_ITEM_LIST_LENGTH": 12, "device_MAX_ITEM_LIST_LENGTH": 10, "cloud_lite_dropout": 0.0}
+        small |= {
+            "lsc_independent_epochs": 6,
+            "lsc_cooperative_epochs": 2,
+            "lsc_retrain_epochs": 2,
+            "lsc_candidates": 24,
+        }
+        small |= {"lsc_list": 12, "lsc_list_cloud": 5}
     elif tiny_lm is not None:
         small |= {"teacher_llm": str(tiny_lm), "teacher_train_rows": 16, "teacher_valid_rows": 4, "teacher_rows": 24}
         small |= {
@@ -54,7 +69,7 @@ def ring_settings(data_path, model: str, tiny_lm=None, **more) -> dict:
     student = more.get("student", "SASRec") if model == "DLLM2Rec" else model
     transformer = {"n_layers", "n_heads", "inner_size", "hidden_size"}
     foreign = {"SASRec": {"embedding_size"}, "LightSANs": {"embedding_size"}}.get(student, transformer)
-    foreign = foreign | {"embedding_size"} if model == "P5" else foreign
+    foreign = foreign | {"embedding_size"} if model in ("P5", "LSC4Rec") else foreign
     small = {key: value for key, value in small.items() if key not in foreign}
     return settings | small | more
 

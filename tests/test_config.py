@@ -15,6 +15,7 @@ from recbole_llm import config as config_file
 from recbole_llm.config import Config, check_topk, choice, guess, role_config, sequential_models
 from recbole_llm.model import PROPERTIES, model_files
 from recbole_llm.model.dllm2rec import Distillation
+from recbole_llm.model.lsc4rec import Collaboration
 from tests.conftest import ROOT
 from tests.oracle import prepared, student
 
@@ -436,8 +437,9 @@ def test_every_declared_key_is_read_somewhere():
     host = "\n".join(path.read_text(encoding="utf-8") for path in folder.rglob("*.py"))
     host_keys = {*general_arguments, *training_arguments, *evaluation_arguments, *dataset_arguments}
     read_by_name = {f"distill_{name}" for name in Distillation.__dataclass_fields__} | {
-        f"teacher_{name}" for name in ("seed", "config")
+        f"{role}_{name}" for role in ("teacher", "cloud", "device") for name in ("seed", "config")
     }
+    read_by_name |= {f"lsc_{name}" for name in Collaboration.__dataclass_fields__}
     declared = {key for path in YAMLS for key in yaml.safe_load(path.read_text(encoding="utf-8"))}
     assert "teacher_trained_rows" in declared and "student" in declared
     unread = {

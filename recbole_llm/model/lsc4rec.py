@@ -1,0 +1,416 @@
+"""LSC4Rec: a cloud LLM and a small device model; three phases of training, candidates from the cloud, the last word on the device.
+
+Paper: Lv et al., "Collaboration of Large Language Models and Small Recommendation Models for Device-Cloud Recommendation", KDD 2025
+(arXiv 2501.05647): collaborative training (phases.py), collaborative inference, intelligent requests (request.py).
+
+Differs from the authors' code: the cloud and the first two phases see historical rows only (timeline.py says what that is), training
+lists are as stale as those at inference, every choice is made on validation, and requests are decided per user. `lsc_mode: code` brings
+their losses, data windows, hard negatives, fusion and batch-wise score back. The full text of the paper was not at hand.
+"""
+
+from collections import OrderedDict
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from recbole.model.abstract_recommender import SequentialRecommender
+from recbole.utils import InputType, get_model
+from torch import Tensor
+
+from recbole_llm.checkpoint import config_from_settings, read_checkpoint, settings_of
+from recbole_llm.cloud import Cloud, Elsewhere, Lists, most_recent, proposed
+from recbole_llm.collaboration import FUSIONS, POLICIES, Costs, best_fusion, policy_of
+from recbole_llm.config import check_range, check_topk, choice, role_config
+from recbole_llm.device import Device, draw_by_token
+from recbole_llm.evaluation import POINTER
+from recbole_llm.loaders import cut_to
+from recbole_llm.phases import PHASES, Phases
+from recbole_llm.replay import MEASURES, AtHand, Outcome, Replay
+from recbole_llm.request import NORMS, Network, places
+from recbole_llm.teacher import sample_of_rows
+from recbole_llm.timeline import REAL_TIME, Timeline
+from recbole_llm.trainer import SequenceTrainer
+
+CHOICES = {
+    "independent_loss": ("softmax", "bce"),
+    "independent_data": ("history", "real_time"),
+    "cooperative_loss": ("listwise", "bce"),
+    "hard": ("random", "popular", "device", "digits"),
+    "inject": ("always", "never"),
+    "fusion": tuple(FUSIONS),
+    "norm": ("auto", *NORMS),
+    "measure": tuple(MEASURES),
+    "threshold": ("valid", "test"),
+    "evaluation": ("static", "stream"),
+    "policy": POLICIES,
+    "device_size": ("small", "recbole"),
+    "upload": ("delta", "stateless"),
+}
+RANGES = {
+    "steps": (1, None), "lag": (0, None), "candidates": (1, None), "users": (0, None), "independent_epochs": (1, None),
+    "cooperative_epochs": (1, None), "retrain_epochs": (1, None), "stopping_step": (0, None), "cooperative_rate": (0.0, None),
+    "retrain_rate": (0.0, None), "negatives": (1, None), "list": (2, None), "list_cloud": (0, None), "list_lag": (0, None),
+    "list_rows": (0, None), "base_weight": (0.0, None), "replay": (0.0, None), "rate": (0.0, 1.0), "rtt_ms": (0.0, None),
+    "up_mbps": (1e-9, None), "down_mbps": (1e-9, None), "id_bytes": (0, None), "score_bytes": (0, None), "header_bytes": (0, None),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Collaboration:
+    """How cloud and device work together: the settings `lsc_*` after the mode has filled the empty ones."""
+
+    phases: tuple[str, ...]
+    evaluation: str
+    steps: int
+    lag: int
+    candidates: int
+    users: int
+    independent_loss: str
+    independent_data: str
+    cooperative_loss: str
+    independent_epochs: int
+    cooperative_epochs: int
+    retrain_epochs: int
+    stopping_step: int
+    cooperative_rate: float
+    retrain_rate: float
+    negatives: int
+    list: int
+    list_cloud: int
+    list_lag: int
+    list_rows: int
+    inject: str
+    hard: str
+    base_weight: float
+    keep_better: bool
+    replay: float
+    fusion: str
+    norm: str
+    alpha: float | None
+    policy: str
+    rate: float
+    rates: tuple[float, ...]
+    measure: str
+    threshold: str
+    device_size: str
+    upload: str
+    rtt_ms: float
+    up_mbps: float
+    down_mbps: float
+    id_bytes: int
+    score_bytes: int
+    header_bytes: int
+
+    @classmethod
+    def from_config(cls, config: Any) -> "Collaboration":
+        """Read `lsc_*`; raises ValueError for a value that a setting cannot have."""
+        mode = config["lsc_modes"][choice(config, "lsc_mode", config["lsc_modes"])]
+        given = {field.name: config[f"lsc_{field.name}"] for field in fields(cls)}
+        merged = {name: mode.get(name) if value is None else value for name, value in given.items()}
+        if merged["list_lag"] == "lag":
+            merged["list_lag"] = merged["lag"]
+        named = {f"lsc_{name}": value for name, value in merged.items()}
+        for name, allowed in CHOICES.items():
+            choice(named, f"lsc_{name}", allowed)
+        for name, (least, most) in RANGES.items():
+            check_range(named, f"lsc_{name}", least, most)
+        if merged["alpha"] is not None:
+            check_range(named, "lsc_alpha", 0.0, 1.0)
+        for rate in merged["rates"]:
+            check_range({"lsc_rates": rate}, "lsc_rates", 0.0, 1.0)
+        for phase in merged["phases"]:
+            choice({"lsc_phases": phase}, "lsc_phases", PHASES)
+        phases = tuple(phase for phase in PHASES if phase in merged["phases"])
+        if merged["evaluation"] == "static":
+            merged["steps"] = 1
+        return cls(**merged | {"phases": phases, "rates": tuple(sorted(merged["rates"]))})
+
+    @property
+    def network(self) -> Network:
+        """What a contact costs."""
+        return Network(**{field.name: getattr(self, field.name) for field in fields(Network)})
+
+
+def device_config(config: Any, **fixed: Any) -> Any:
+    """The device model's Config; of a saved model the one that was saved, so that no data are asked for.
+
+    Args:
+        config: LSC4Rec's.
+        **fixed: Settings that win over all others.
+    """
+    if config["device_settings"] and not fixed:
+        return config_from_settings(config["device_settings"])
+    sizes = config["lsc_device_sizes"] if config["lsc_device_size"] == "small" else {}
+    own = {"seed": config["seed"], "train_neg_sample_args": None, **fixed}  # the phases draw their own negatives
+    made = role_config(config, "device", sizes.get(config["device_model"]), own)
+    if not fixed:
+        config["device_settings"] = settings_of(made)
+    return made
+
+
+class LSC4Rec(SequentialRecommender):
+    """A device model, and the rule by which its scores and those of a cloud's candidates are one.
+
+    It ranks what the cloud proposes: of what it saw at its last contact while a trainer evaluates, otherwise of the history less its
+    last `lsc_lag` items. Items beyond the cloud's list follow by popularity, below all candidates. Until there is a cloud, the device
+    ranks alone.
+
+    Args:
+        config: RecBole Config; `cloud` and `device_model` name the two, `lsc_*` say how they work together.
+        dataset: RecBole's dataset.
+
+    Raises:
+        ValueError: A setting is impossible.
+    """
+
+    input_type = InputType.POINTWISE
+
+    def __init__(self, config, dataset):
+        super().__init__(config, dataset)
+        check_topk(config, dataset.item_num)
+        self.settings = Collaboration.from_config(config)
+        self.device_model = get_model(config["device_model"])(device_config(config), dataset)
+        draw_by_token(self.device_model, dataset)
+        self.register_buffer("popularity", torch.zeros(self.n_items))
+        self.alpha = 0.5 if self.settings.alpha is None else self.settings.alpha
+        self.norm = "minmax" if self.settings.norm == "auto" else self.settings.norm
+        self.cloud_file: str | None = None
+        self.other_parameter_name = ["alpha", "norm", "cloud_file"]
+        self.at_hand: AtHand | None = None
+        self._elsewhere = Elsewhere(dataset)
+
+    @property
+    def fusion(self):
+        """How cloud and device are one: a function of their scores and of which are candidates."""
+        return FUSIONS[self.settings.fusion](self.alpha, self.norm)
+
+    def forward(self, *args):
+        """The device model's own forward."""
+        return self.device_model(*args)
+
+    def calculate_loss(self, interaction):
+        """The device model's own loss; the trainer's phases have theirs."""
+        return self.device_model.calculate_loss(interaction)
+
+    def full_sort_predict(self, interaction):
+        """Score of every item [B, n_items]: candidates by their place in the fused order, above 0; others by popularity, below."""
+        history, length = interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN]
+        most = self.device_model.max_seq_length
+        own = {self.ITEM_SEQ: most_recent(history, length, most), self.ITEM_SEQ_LEN: length.clamp(max=most)}
+        batch = type(interaction)(interaction.interaction | own)
+        items, cloud = self._candidates(interaction)
+        if items is None:
+            return self._alone(batch)
+        there = items > 0
+        device = self.scorer.scores(batch, items)
+        place = places(self.fusion(cloud, device, there), there)
+        # popularity is at most the number of rows, so that this lies between -2 and -1
+        rest = self.popularity / (self.popularity.max() + 1) - 2
+        scores = rest.expand(len(items), -1).clone()
+        shown = torch.where(there, 1 - place / items.shape[1], scores.gather(1, items))
+        scores.scatter_(1, items, shown)
+        scores[:, 0] = -3.0
+        return scores
+
+    def predict(self, interaction):
+        """Score of the batch's own items [B]."""
+        return self.full_sort_predict(interaction).gather(1, interaction[self.ITEM_ID].unsqueeze(1)).squeeze(1)
+
+    @property
+    def scorer(self) -> Device:
+        """The device model as a scorer of lists."""
+        if self._elsewhere.scorer is None:
+            self._elsewhere.scorer = Device(self.device_model)
+        return self._elsewhere.scorer
+
+    def _alone(self, interaction) -> Tensor:
+        if not self.scorer.ranks_all:
+            return self.popularity.expand(len(interaction), -1) - torch.arange(
+                self.n_items, device=self.popularity.device
+            )
+        return self.device_model.full_sort_predict(interaction)
+
+    def _candidates(self, interaction) -> tuple[Tensor | None, Tensor | None]:
+        """The list of each row [B, K], and the cloud's scores; None while there is no cloud."""
+        device = self.popularity.device
+        if self.at_hand is not None and POINTER in interaction:
+            found = self.at_hand.of(interaction[POINTER].cpu())
+        elif self.cloud_file is None:
+            return None, None
+        else:
+            history, length = interaction[self.ITEM_SEQ].cpu(), interaction[self.ITEM_SEQ_LEN].cpu()
+            known = (length - self.settings.lag).clamp_min(1)
+            found = proposed(self._elsewhere.cloud(self.cloud_file), history, known, self.settings.candidates)
+        return tuple(each.to(device) for each in found)
+
+
+class LSC4RecTrainer(SequenceTrainer):
+    """Gets the cloud and its lists, trains the device model in phases, chooses the fusion on validation; evaluates under `lsc_policy`.
+
+    Relations:
+        Like SequenceTrainer, but a call of `fit` is several trainings, each with its own exact resume in the run's folder; what
+        `evaluate` returns also has the rate of requests, what they cost, and the share of targets among the candidates.
+    """
+
+    def __init__(self, config, model):
+        super().__init__(config, model)
+        self.settings: Collaboration = model.settings
+        self.timeline: Timeline | None = None
+        self.cloud: Cloud | None = None
+        self.phases: Phases | None = None
+        self._replays: dict[str, Replay] = {}
+        self.outcome: Outcome | None = None
+
+    def refuse_early(self, eval_data) -> None:
+        """Refuse data that do not say what happened when. Raises: ValueError."""
+        super().refuse_early(eval_data)
+        split = self.config["eval_args"]["split"]
+        if split != {"LS": "valid_and_test"} or self.config["eval_args"]["mode"]["test"] != "full":
+            raise ValueError(
+                f"eval_args={self.config['eval_args']}: LSC4Rec cuts every user's interactions itself; there is split: {{LS: "
+                "valid_and_test}} with mode full. Set eval_args."
+            )
+        if eval_data:
+            self._know(eval_data)
+
+    def _know(self, data: Any) -> None:
+        """Cut the timeline, and find out who the cloud is. Args: a loader of RecBole's."""
+        if self.timeline is not None:
+            return
+        settings, config = self.settings, self.config
+        self.timeline = Timeline.of(data._dataset, settings.steps)
+        if self.timeline.left_out:
+            self.logger.warning(
+                f"{self.timeline.left_out} users have fewer than the {settings.steps + REAL_TIME + 3} interactions that this evaluation "
+                f"takes, and are counted out; {len(self.timeline.users)} are left."
+            )
+        folder = Path(config["checkpoint_dir"]) / "knowledge"
+        own = role_config(config, "cloud")
+        self.cloud = Cloud(own, self.timeline, data, config["cloud_checkpoint"], folder)
+
+    @property
+    def chosen(self) -> Tensor:
+        """Users who are evaluated, as places among those of the timeline, in the order of their tokens [u]."""
+        return sample_of_rows(len(self.timeline.users), self.settings.users, self.config["cloud_seed"])
+
+    def targets(self, part: str) -> Tensor:
+        """Positions that are shown at the end (`test`) or before it (`valid`), step by step [u, S]."""
+        timeline = self.timeline
+        if part == "test":
+            return timeline.shown[self.chosen]
+        steps = min(self.settings.steps, REAL_TIME + 1)
+        return (timeline.valid.unsqueeze(1) + torch.arange(1 - steps, 1))[self.chosen]
+
+    def lists(self) -> Lists:
+        """The cloud's lists for every view that a replay can have."""
+        timeline, lag = self.timeline, self.settings.lag
+        views = []
+        for part in ("valid", "test"):
+            targets = self.targets(part)
+            views += [targets.flatten(), timeline.view(targets[:, 0], lag)]
+        positions = torch.cat(views)
+        k = min(self.settings.candidates, timeline.log.n_items - 1)
+        return self.cloud.lists(positions, k, True, f"views of {len(self.chosen)} users, on whole histories")
+
+    def replay(self, part: str) -> Replay:
+        """The users of an evaluation, ready to be replayed with the device model as it is. Args: valid | test."""
+        if part not in self._replays:
+            targets = self.targets(part)
+            start = self.timeline.view(targets[:, 0], self.settings.lag)
+            masks = self.seen_items == "mask"
+            self._replays[part] = Replay(self.timeline.log, self.model.scorer, self.lists(), targets, start, masks)
+        return self._replays[part]
+
+    def fit(self, train_data, valid_data=None, verbose=True, saved=True, show_progress=False, callback_fn=None):
+        """Train in phases.
+
+        Args:
+            train_data: RecBole's training loader; only its data set is used, which is cut anew.
+            valid_data: RecBole's validation loader; without it no phase stops early.
+            verbose: Whether epochs are logged.
+            saved: Whether checkpoints and states are written.
+            show_progress: Whether there are progress bars.
+            callback_fn: Called with (epoch, validation score) after each evaluation of each phase.
+
+        Returns:
+            The fused ranking's metric on the validation targets, and all metrics there.
+
+        Raises:
+            ValueError: The data, or a cloud that is given, do not fit.
+        """
+        self.refuse_early(valid_data)
+        self._know(train_data)
+        self.dataset = train_data._dataset
+        model, timeline, settings = self.model, self.timeline, self.settings
+        counts = torch.bincount(timeline.log.items[timeline.train], minlength=model.n_items)
+        model.popularity.copy_(counts)
+        folder = self.state_folder or Path(self.saved_model_file.removesuffix(".safetensors") + "-phases")
+        make = partial(device_config, self.config)
+        users = timeline.users[self.chosen]
+        self.phases = Phases(settings, timeline, self.cloud, model.scorer, make, folder, valid_data, users)
+        self.phases.run(saved, verbose, show_progress, callback_fn)
+        if saved or self.cloud.checkpoint:
+            model.cloud_file = str(self.cloud.file)
+        self._replays.clear()
+        self.fusions = best_fusion(self.replay("valid"), settings, self.config["valid_metric"])
+        model.alpha, model.norm = self.fusions.alpha, self.fusions.norm
+        self.logger.info(self.fusions.sentence())
+        self.best_valid_score = self.fusions.score
+        self.best_valid_result = OrderedDict({self.config["valid_metric"].lower(): self.fusions.score})
+        if saved:
+            self._save_checkpoint(-1, verbose=verbose)
+        return self.best_valid_score, self.best_valid_result
+
+    def evaluate(self, eval_data, load_best_model=True, model_file=None, show_progress=False):
+        """Evaluate as RecBole does, on the users who have enough interactions, under `lsc_policy`.
+
+        Returns:
+            RecBole's metrics of the last step; and over all steps `request_rate`, `candidate_recall`, `staleness`, `up_bytes`,
+            `down_bytes`, `latency_ms`, `latency_p95_ms`, and `short_lists`, the share of lists with fewer candidates than the largest
+            cut-off, which are filled up by popularity.
+        """
+        self._know(eval_data)
+        if load_best_model:
+            self._load(model_file or self.saved_model_file)
+        timeline, settings = self.timeline, self.settings
+        dataset = cut_to(self.config, eval_data._dataset)
+        at = timeline.of_pointers(dataset.row_pointers)
+        part = "test" if bool(torch.isin(timeline.shown[:, -1], at).any()) else "valid"
+        replay = self.replay(part)
+        asks = policy_of(settings.policy, settings.rate, self.replay, self.model.fusion, settings, self.config)
+        if asks is None:
+            raise ValueError(
+                f"lsc_policy={settings.policy}: means nothing for cloud={self.config['cloud']} and lsc_evaluation="
+                f"{settings.evaluation}; there is consistency, confidence, random, never and always. Set lsc_policy."
+            )
+        self.outcome = replay.run(asks, self.model.fusion, self.config["seed"])
+        view = torch.full((len(timeline.log.items),), -1, dtype=torch.long)
+        view[replay.targets] = self.outcome.view
+        self.model.at_hand = AtHand(timeline, replay, view)
+        rows = torch.isin(at, replay.targets[:, -1]).nonzero()[:, 0]
+        self.evaluated_rows = rows.tolist() if len(rows) < len(dataset) else None
+        loader = timeline.loader(self.config, at[rows], eval_data)
+        loader._dataset.pointer_column = POINTER
+        result = super().evaluate(loader, False, None, show_progress)
+        short = float((self.outcome.candidates < max(self.config["topk"])).double().mean())
+        return OrderedDict(result | self.costs().of(self.outcome, replay) | {"short_lists": short})
+
+    def _load(self, file: str) -> None:
+        saved = read_checkpoint(file, self.device)
+        self.model.load_state_dict(saved["state_dict"])
+        self.model.load_other_parameter(saved["other_parameter"])
+        self._replays.clear()
+        self.logger.info(f"Loading model structure and parameters from {file}")
+
+    def costs(self) -> Costs:
+        """What recommendations cost, with times as they are measured here."""
+        replay, k = self.replay("test"), min(self.settings.candidates, self.timeline.log.n_items - 1)
+        position = replay.targets[:1, -1]
+        items, _ = replay.lists.at(position)
+        device_ms = self.model.scorer.latency_ms(self.timeline.log, position, items)
+        cloud_reads = self.cloud.config["teacher_history"] or self.cloud.config["MAX_ITEM_LIST_LENGTH"]
+        return Costs(
+            self.settings.network, device_ms, self.cloud.latency_ms(position, k), cloud_reads, self.model.scorer.size()
+        )
