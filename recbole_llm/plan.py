@@ -12,9 +12,8 @@ from typing import Any
 import torch
 
 from recbole_llm import knowledge, teacher
-from recbole_llm.config import role_config
 from recbole_llm.model.dllm2rec import Distillation
-from recbole_llm.model.lsc4rec import Collaboration, device_config
+from recbole_llm.model.lsc4rec import Collaboration, cloud_config, device_config
 from recbole_llm.timeline import Timeline
 
 # Speed of each kind of work, as a share of a plain matrix product's, measured on two CPU cores with SmolLM2-135M and SASRec; over
@@ -113,7 +112,7 @@ def collaborating(config: Any, train_data: Any, rate: float) -> list[Step]:
     """Stages of LSC4Rec: the cloud, its lists, the phases of the device; the cloud takes no time if it is on disk."""
     settings = Collaboration.from_config(config)
     timeline = Timeline.of(train_data._dataset, settings.steps)
-    own, targets, items = role_config(config, "cloud"), len(timeline.train), timeline.log.n_items
+    own, targets, items = cloud_config(config), len(timeline.train), timeline.log.n_items
     users = min(settings.users or len(timeline.users), len(timeline.users))
     views = users * (2 * settings.steps + 2 * settings.lag + 2)
     history = timeline.split(timeline.train)

@@ -161,8 +161,8 @@ def refuse_memorised(model: SequentialRecommender, n_rows: int) -> None:
 
 NOTHING_LEFT = (
     "teacher_trained_rows=drop: the teacher was trained on every row it labelled, so no row is left for the ranking term; there is "
-    "teacher_folds=2 (teachers that were not), teacher_trained_rows=drop_target or keep, and distill_ranking=none to use its item "
-    "vectors only. Set one of them."
+    "teacher_folds=2 (teachers that were not), teacher_trained_rows=drop_target or keep, teacher=BIGRec (tuned on a sample of rows), and "
+    "distill_ranking=none to use its item vectors only. Set one of them."
 )
 
 

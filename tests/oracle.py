@@ -91,7 +91,7 @@ class Oracle(Teacher):
 def prepared(data_path: Path, **settings: Any) -> SimpleNamespace:
     """Config, data set and loaders of a distilling run; the student is SASRec unless the settings say otherwise."""
     student = settings.get("student", "SASRec")
-    chosen = SMALL | SIZES.get(student, {}) | {"data_path": str(data_path)} | settings
+    chosen = SMALL | SIZES.get(student, {}) | {"data_path": str(data_path), "teacher": "BIGRec"} | settings
     config = Config("DLLM2Rec", chosen.pop("dataset", "ring"), None, chosen, read_argv=False)
     init_seed(config["seed"], config["reproducibility"])
     dataset = create_dataset(config)

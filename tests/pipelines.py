@@ -59,7 +59,13 @@ def ring_settings(data_path, model: str, tiny_lm=None, **more) -> dict:
         }
         small |= {"lsc_list": 12, "lsc_list_cloud": 5}
     elif tiny_lm is not None:
-        small |= {"teacher_llm": str(tiny_lm), "teacher_train_rows": 16, "teacher_valid_rows": 4, "teacher_rows": 24}
+        small |= {
+            "teacher": "BIGRec",
+            "teacher_llm": str(tiny_lm),
+            "teacher_train_rows": 16,
+            "teacher_valid_rows": 4,
+            "teacher_rows": 24,
+        }
         small |= {
             "teacher_eval_rows": 8,
             "teacher_shard_rows": 8,

@@ -30,6 +30,8 @@ def base(ring):
 
 def make(base, model="DLLM2Rec", files=None, argv=False, kind=Config, **settings):
     options = {"read_argv": argv} if kind is Config else {}
+    if any(key.startswith("teacher_") for key in settings):
+        settings.setdefault("teacher", "BIGRec")
     return kind(model=model, dataset="ring", config_file_list=files, config_dict=base | settings, **options)
 
 
@@ -316,7 +318,14 @@ def test_a_teacher_inherits_data_and_protocol_but_no_training(base):
         "seed": 5,
     }
     config = make(
-        base, topk=[3], valid_metric="MRR@3", title_field="title", MAX_ITEM_LIST_LENGTH=17, threads=1, **training
+        base,
+        teacher="BIGRec",
+        topk=[3],
+        valid_metric="MRR@3",
+        title_field="title",
+        MAX_ITEM_LIST_LENGTH=17,
+        threads=1,
+        **training,
     )
     teacher, fresh = role_config(config, "teacher"), Config("BIGRec", "ring", None, base, read_argv=False)
     for key in set(training) - {"seed"}:
@@ -504,12 +513,12 @@ def test_a_class_in_place_of_a_name_is_taken(base):
 
 def test_words_of_prompts_are_handed_on_to_the_teacher(base):
     words = {"prompt_lead": "Seen so far:"}
-    assert role_config(make(base, **words), "teacher")["prompt_lead"] == "Seen so far:"
+    assert role_config(make(base, teacher="BIGRec", **words), "teacher")["prompt_lead"] == "Seen so far:"
     assert "prompt_lead=Seen so far:" in faults(base, model="SASRec", **words)
 
 
 def test_the_teacher_keeps_its_own_evaluation_batches(base):
-    config = make(base)
+    config = make(base, teacher="BIGRec")
     assert config["eval_batch_size"] == 4096 and role_config(config, "teacher")["eval_batch_size"] == 64
 
 

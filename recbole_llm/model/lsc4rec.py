@@ -133,6 +133,13 @@ class Collaboration:
         return Network(**{field.name: getattr(self, field.name) for field in fields(Network)})
 
 
+def cloud_config(config: Any) -> Any:
+    """The cloud's Config: it reads what a batch has of a history less the lag, unless it is told otherwise. Args: LSC4Rec's."""
+    return role_config(
+        config, "cloud", {"MAX_ITEM_LIST_LENGTH": max(1, config["MAX_ITEM_LIST_LENGTH"] - config["lsc_lag"])}
+    )
+
+
 def device_config(config: Any, **fixed: Any) -> Any:
     """The device model's Config; of a saved model the one that was saved, so that no data are asked for.
 
@@ -287,8 +294,7 @@ class LSC4RecTrainer(SequenceTrainer):
                 f"takes, and are counted out; {len(self.timeline.users)} are left."
             )
         folder = Path(config["checkpoint_dir"]) / "knowledge"
-        own = role_config(config, "cloud")
-        self.cloud = Cloud(own, self.timeline, data, config["cloud_checkpoint"], folder)
+        self.cloud = Cloud(cloud_config(config), self.timeline, data, config["cloud_checkpoint"], folder)
 
     @property
     def chosen(self) -> Tensor:
