@@ -14,7 +14,7 @@ from torch import Tensor
 
 from recbole_llm.artifacts import read_json, write_json
 from recbole_llm.collaboration import ALPHAS, POLICIES, policy_of
-from recbole_llm.replay import Fusion, Outcome, Replay, always, mean_over, never
+from recbole_llm.replay import Fusion, Replay, always, mean_over, never
 from recbole_llm.report import Line, draw, half_width, paired_gain, row_metric
 
 RANDOM_SEEDS = 5
@@ -53,6 +53,8 @@ class Account:
     Args:
         lines: The table: cloud, device and both together.
         rows: The policies.
+        nothing: Policies that mean nothing here, and why.
+        differences: Both together against each line of theirs: metric -> gain and its 95 % interval, over users.
         sentences: What follows from them.
         areas: Policy -> area between its curve of quality over rate and that of asking at random, and its 95 % interval.
         curve: Scale -> the metric on validation at each alpha of `ALPHAS`.
@@ -63,6 +65,8 @@ class Account:
 
     lines: list[Line]
     rows: list[Row]
+    nothing: dict[str, str]
+    differences: dict[str, dict[str, tuple[float, float, float]]]
     sentences: list[str]
     areas: dict[str, tuple[float, float, float]]
     curve: dict[str, list[float]]
@@ -87,7 +91,8 @@ class Account:
         """The table of policies, and the sentences."""
         metric = self.chosen["metric"].lower()
         head = [
-            "policy", "rate set", "requests", metric, "of the gain kept", "valid", "staleness", "bytes up", "bytes down", "ms", "ms p95",
+            "policy", "rate set", "requests", metric, "of the gain kept", "valid", "calls", "target in list", "staleness", "bytes up",
+            "bytes down", "ms", "ms p95",
         ]  # fmt: skip
         body = []
         for row in self.rows:
@@ -99,13 +104,28 @@ class Account:
                 f"{row.score:.4f} ±{row.half:.4f}",
                 "-" if np.isnan(row.kept[0]) else f"{row.kept[0]:.0%} [{row.kept[1]:.0%}, {row.kept[2]:.0%}]",
                 f"{row.valid:.4f} at {row.valid_rate:.1%}",
+                f"{costs['cloud_calls']:.2f}",
+                f"{costs['candidate_recall']:.1%}",
                 f"{costs['staleness']:.1f}",
                 f"{costs['up_bytes']:.0f}",
                 f"{costs['down_bytes']:.0f}",
                 f"{costs['latency_ms']:.1f}",
                 f"{costs['latency_p95_ms']:.1f}",
             ])  # fmt: skip
-        return "\n".join(["Requests, per recommendation:", draw(head, body), *self.sentences])
+        for policy, why in self.nothing.items():
+            body.append([f"{policy}: n/a, {why}", *["-"] * (len(head) - 1)])
+        names = list(next(iter(self.differences.values())))
+        against = [
+            [name, *[f"{gain:+.1%} [{low:+.1%}, {high:+.1%}]" for gain, low, high in gains.values()]]
+            for name, gains in self.differences.items()
+        ]
+        return "\n".join([
+            "Both together, never asked, against the others (95 % by paired bootstrap over users):",
+            draw(["against", *names], against),
+            "Requests, per recommendation:",
+            draw(head, body),
+            *self.sentences,
+        ])  # fmt: skip
 
 
 class Accountant:
@@ -120,7 +140,7 @@ class Accountant:
         self.metric, _, cut = self.config["valid_metric"].partition("@")
         self.k = int(cut)
         self.fusion: Fusion = trainer.model.fusion
-        self.costs = trainer.costs()
+        self.costs = trainer.costs
 
     def draw_up(self) -> Account:
         """Replay everything, on validation and on test steps."""
@@ -148,12 +168,21 @@ class Accountant:
         stale, both, fresh = (next(line for line in lines if line.name == names[at]) for at in (0, 3, 4))
         reranking = next(line for line in lines if line.name == names[2])
         base, most = self._users(both), self._users(fresh)
-        rows, areas = self._policies(replay, base, most)
-        sentences = [self._difference(both, other) for other in (stale, reranking, *alone)]
+        rows, areas, nothing = self._policies(replay, base, most)
+        differences = {other.name: self._gains(both, other) for other in (stale, fresh, reranking, *alone)}
         strongest = max((stale, reranking, *alone), key=lambda line: valid[line.name])
-        sentences.append(f"The strongest of these by validation: {strongest.name} ({valid[strongest.name]:.4f} there).")
-        sentences += [self._difference(fresh, both), *self._kept_sentences(rows), *self._area_sentences(areas)]
-        sentences += self._prices(replay)
+        sentences = [
+            f"Of {stale.name}, {reranking.name} and the device alone, the strongest on validation is {strongest.name} "
+            f"({valid[strongest.name]:.4f} there).",
+            self._difference(both, strongest),
+            self._difference(fresh, both),
+            *self._bounds(replay),
+            *self._kept_sentences(rows),
+            *self._area_sentences(areas),
+            *self._prices(replay),
+        ]
+        if not alone:
+            sentences.append(f"{device} alone on the whole catalogue: n/a, it scores one item at a time.")
         fusions = self.trainer.fusions
         chosen = {"alpha": fusions.alpha, "norm": fusions.norm, "metric": self.config["valid_metric"]}
         chosen |= {
@@ -165,6 +194,8 @@ class Accountant:
         return Account(
             lines,
             rows,
+            nothing,
+            differences,
             [fusions.sentence(), *sentences],
             areas,
             fusions.curve,
@@ -188,7 +219,7 @@ class Accountant:
         return row_metric(line.ranks, self.metric, self.k).reshape(-1, steps).mean(axis=1)
 
     def _valid(self, asks: Any, order: Fusion) -> float:
-        return float(self.trainer.replay("valid").run(asks, order).metric(self.metric, self.k).mean())
+        return float(self.trainer.trial("valid").run(asks, order, self.metric, self.k)[1].mean())
 
     def _alone(self, replay: Replay) -> tuple[list[Line], dict[str, float]]:
         """The device on the whole catalogue, after each phase: lines, and the metric on validation; none for models of single items."""
@@ -209,50 +240,53 @@ class Accountant:
         scorer.model.load_state_dict(last)
         return lines, valid
 
-    def _policies(self, replay: Replay, base: np.ndarray, most: np.ndarray) -> tuple[list[Row], dict[str, tuple]]:
-        """Every policy at every rate, and the areas of their curves."""
-        rows, curves = [], {}
+    def _policies(
+        self, replay: Replay, base: np.ndarray, most: np.ndarray
+    ) -> tuple[list[Row], dict[str, tuple], dict[str, str]]:
+        """Every policy at every rate, the areas of their curves, and which mean nothing."""
+        rows, curves, nothing = [], {}, {}
         for name in POLICIES[2:]:
             points = [(np.zeros(len(base)), base)]
             for rate in self.settings.rates:
-                if not 0 < rate < 1:
-                    continue
-                asks = policy_of(name, rate, self.trainer.replay, self.fusion, self.settings, self.config)
-                if asks is None:
+                asks = policy_of(name, rate, self.trainer.trial, self.fusion, self.settings, self.config)
+                if isinstance(asks, str):
+                    nothing[name] = asks
                     break
                 seeds = range(RANDOM_SEEDS) if name == "random" else [self.config["seed"]]
-                outcomes = [replay.run(asks, self.fusion, seed) for seed in seeds]
-                valid = [self.trainer.replay("valid").run(asks, self.fusion, seed) for seed in seeds]
+                outcomes = [replay.run(asks.policy, self.fusion, seed) for seed in seeds]
+                valid = [
+                    self.trainer.trial("valid").run(asks.on_valid, self.fusion, self.metric, self.k, seed)
+                    for seed in seeds
+                ]
                 users = mean_over(outcomes, self.metric, self.k)
                 asked = np.mean([outcome.asked.float().mean(dim=1).numpy() for outcome in outcomes], axis=0)
                 points.append((asked, users))
-                rows.append(self._row(name, rate, outcomes, valid, users, base, most))
+                costs = [self.costs.of(outcome, replay) for outcome in outcomes]
+                rows.append(
+                    Row(
+                        name,
+                        rate,
+                        float(users.mean()),
+                        half_width(users),
+                        share_kept(users, base, most),
+                        float(np.mean([own.mean() for _, own in valid])),
+                        float(np.mean([own for own, _ in valid])),
+                        {key: float(np.mean([cost[key] for cost in costs])) for key in costs[0]},
+                    )
+                )
             if len(points) > 1:
                 curves[name] = [*points, (np.ones(len(base)), most)]
         areas = {name: area_over(curves[name], curves["random"]) for name in curves if name != "random"}
-        return rows, areas
+        return rows, areas, nothing
 
-    def _row(
-        self,
-        name: str,
-        rate: float,
-        outcomes: list[Outcome],
-        valid: list[Outcome],
-        users: np.ndarray,
-        base: np.ndarray,
-        most: np.ndarray,
-    ) -> Row:
-        costs = [self.costs.of(outcome, self.trainer.replay("test")) for outcome in outcomes]
-        return Row(
-            name,
-            rate,
-            float(users.mean()),
-            half_width(users),
-            share_kept(users, base, most),
-            float(mean_over(valid, self.metric, self.k).mean()),
-            float(np.mean([outcome.rate for outcome in valid])),
-            {key: float(np.mean([cost[key] for cost in costs])) for key in costs[0]},
-        )
+    def _gains(self, ours: Line, theirs: Line) -> dict[str, tuple[float, float, float]]:
+        """What one line gains over another in every metric, with its interval; metrics that are the same at 1 stand once."""
+        gains, steps = {}, self.trainer.replay("test").steps
+        for k in self.config["topk"]:
+            for metric in self.config["metrics"][: 1 if k == 1 else None]:
+                users = (row_metric(line.ranks, metric, k).reshape(-1, steps).mean(axis=1) for line in (ours, theirs))
+                gains[f"{metric.lower()}@{k}"] = paired_gain(*users)
+        return gains
 
     def _difference(self, ours: Line, theirs: Line) -> str:
         gain, low, high = paired_gain(self._users(ours), self._users(theirs))
@@ -268,13 +302,27 @@ class Accountant:
             if able:
                 best = max(able, key=lambda row: row.valid)
                 kept = (
-                    "there is no gain to keep"
+                    "has no gain to keep"
                     if np.isnan(best.kept[0])
                     else f"keeps {best.kept[0]:.0%} of the gain of always asking"
                 )
                 bounds = "" if np.isnan(best.kept[0]) else f" (95 % {best.kept[1]:.0%} to {best.kept[2]:.0%})"
-                sentences.append(f"At {rate:.0%} requests {best.policy}, the best on validation, {kept}{bounds}.")
+                asks = f"asks at {best.costs['request_rate']:.1%}"
+                sentences.append(
+                    f"Set to {rate:.0%}, {best.policy} is the best on validation, {asks}, and {kept}{bounds}."
+                )
         return sentences
+
+    def _bounds(self, replay: Replay) -> list[str]:
+        """How often the target is a candidate at all."""
+        recall = {
+            name: float(replay.run(asks, self.fusion).in_list.double().mean())
+            for name, asks in (("stale", never), ("fresh", always))
+        }
+        k = replay.lists.items.shape[1]
+        return [
+            f"The target is among the {k} candidates in {recall['stale']:.1%} of stale and {recall['fresh']:.1%} of fresh lists."
+        ]
 
     def _area_sentences(self, areas: dict[str, tuple[float, float, float]]) -> list[str]:
         metric = self.config["valid_metric"].lower()
@@ -287,10 +335,12 @@ class Accountant:
         costs, network = self.costs, self.costs.network
         k = replay.lists.items.shape[1]
         one = network.header_bytes + k * (network.id_bytes + network.score_bytes)
+        size, threads = costs.device_bytes, torch.get_num_threads()
         return [
-            f"The device model has {costs.device_bytes / 1e6:.2f} MB and re-ranks {k} candidates in {costs.device_ms:.2f} ms (median); the "
-            f"cloud takes {costs.cloud_ms:.1f} ms a list, {torch.get_num_threads()} threads. Sent once after a re-training, the model is "
-            f"as much as {costs.device_bytes / max(1, one):,.0f} lists."
+            f"The device model has {size / 1e6:.2f} MB and re-ranks {k} candidates in {costs.device_ms:.2f} ms (median); the cloud takes "
+            f"{costs.cloud_ms:.1f} ms a list, {threads} threads. Sent once after a re-training, the model is "
+            f"{size / replay.steps:,.0f} bytes a recommendation, as much as {size / max(1, one):,.0f} lists. "
+            f"A user's first list, {one} bytes, is a call and no request."
         ]
 
 

@@ -1,32 +1,37 @@
 """How well cloud and device do together: the fusion that is chosen, who asks when, and what it costs.
 
-Everything that is chosen here is chosen on validation rows; `lsc_threshold: test` is the authors' way, for reproduction alone.
+Everything that is chosen here is chosen on one target of each user that nobody was trained on, with lists of every age that can be had
+without asking a cloud about its own training targets; `lsc_threshold: test` is the authors' way, for reproduction alone.
 """
 
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from recbole_llm.replay import (
     SIGNALS,
     Fusion,
-    Learned,
     Outcome,
     Policy,
     Replay,
+    Step,
     always,
     at_random,
     by_signal,
-    calibrated,
     gain_of,
     never,
     oracle,
     periodically,
 )
-from recbole_llm.request import NORMS, Network, code_fusion, fused
+from recbole_llm.report import row_metric
+from recbole_llm.request import CODE_GROUP, NORMS, Network, Threshold, code_fusion, fused
+from recbole_llm.timeline import REAL_TIME
 
 ALPHAS = tuple(round(0.1 * step, 1) for step in range(11))
 FUSIONS: dict[str, Callable[[float, str], Fusion]] = {
@@ -35,6 +40,98 @@ FUSIONS: dict[str, Callable[[float, str], Fusion]] = {
 }
 """How one score is made of two: of the cloud's share and the scale of both."""
 POLICIES = ("never", "always", "random", "periodic", *SIGNALS, "learned", "oracle")
+FOLDS = 2
+
+
+class Trial:
+    """What would come of S steps, told from one target of each user with lists of every age.
+
+    The age of a list grows by one with every step, and is 1 after a request. Which share of the users has which age at a step follows
+    from how many ask at each age; so the rate of requests and the quality of a stream are known before any of it has happened.
+
+    Args:
+        replay: Whose first targets are looked at.
+        lag: Age of the list at the first step.
+        steps: S.
+    """
+
+    def __init__(self, replay: Replay, lag: int, steps: int):
+        self.replay, self.lag, self.steps = replay, lag, steps
+        self._aged: dict[int, Step] = {}
+
+    @property
+    def ages(self) -> list[int]:
+        """Ages that a list can have."""
+        return [self.lag] if self.steps == 1 else list(range(1, self.lag + self.steps))
+
+    @property
+    def oldest(self) -> int:
+        """Age of the oldest view: older ones would be of histories whose next items the cloud was trained on."""
+        return max(REAL_TIME, self.lag)
+
+    @property
+    def fresh(self) -> Step:
+        """Right after a request."""
+        return self.replay.fresh(0)
+
+    def at(self, age: int) -> Step:
+        """With a list of some age."""
+        if age not in self._aged:
+            self._aged[age] = self.replay.aged(age, min(age, self.oldest))
+        return self._aged[age]
+
+    def over_ages(self, at_age: Callable[[int], tuple[float, Any]]) -> tuple[float, Any]:
+        """Requests per recommendation, and a mean over S steps.
+
+        Args:
+            at_age: Age -> the share of users who ask, and what is averaged.
+        """
+        share, rate, total = {self.lag: 1.0}, 0.0, 0.0
+        known: dict[int, tuple[float, Any]] = {}
+        for _ in range(self.steps):
+            later: dict[int, float] = defaultdict(float)
+            for age, part in share.items():
+                if age not in known:
+                    known[age] = at_age(age)
+                asks, value = known[age]
+                rate, total = rate + part * asks, total + part * value
+                later[1] += part * asks
+                later[age + 1] += part * (1 - asks)
+            share = {age: part for age, part in later.items() if part}
+        return rate / self.steps, total / self.steps
+
+    def run(self, policy: Policy, fusion: Fusion, metric: str, k: int, seed: int = 0) -> tuple[float, np.ndarray]:
+        """Requests per recommendation under a policy, and the metric of each user [U]."""
+        best = row_metric(self.fresh.rank(fusion).tolist(), metric, k)
+
+        def at_age(age: int) -> tuple[float, np.ndarray]:
+            now = self.at(age)
+            asked = policy(now, self.fresh, torch.Generator().manual_seed(seed + age)) & (age > 0)
+            own = row_metric(now.rank(fusion).tolist(), metric, k)
+            return float(asked.float().mean()), np.where(asked.numpy(), best, own)
+
+        return self.over_ages(at_age)
+
+    def threshold(self, signal: Callable[[Step], Tensor], rate: float) -> Threshold:
+        """The threshold under which a share `rate` of recommendations asks; with one step the quantile of the signals."""
+        signals = {age: signal(self.at(age)) for age in self.ages}
+        if self.steps == 1:
+            return Threshold.for_rate(signals[self.lag], rate)
+        pooled = torch.cat(list(signals.values()))
+
+        def asks(threshold: Threshold) -> float:
+            def at_age(age: int) -> tuple[float, float]:
+                scores = signals[age] if age in signals else signal(self.at(age))
+                ties = threshold.share * float((scores == threshold.above).float().mean())
+                return float((scores > threshold.above).float().mean()) + ties, 0.0
+
+            return self.over_ages(at_age)[0]
+
+        low, high = 0.0, 1.0
+        for _ in range(16):
+            middle = (low + high) / 2
+            low, high = (low, middle) if asks(Threshold.for_rate(pooled, middle)) > rate else (middle, high)
+        return Threshold.for_rate(pooled, low)
 
 
 @dataclass(frozen=True)
@@ -66,21 +163,20 @@ class Fusions:
         )
 
 
-def best_fusion(replay: Replay, settings: Any, valid_metric: str) -> Fusions:
-    """Choose the scale and the cloud's share, by the metric on validation steps.
+def best_fusion(trial: Trial, settings: Any, valid_metric: str) -> Fusions:
+    """Choose the scale and the cloud's share, by the metric on validation targets.
 
     Args:
-        replay: Of validation steps.
+        trial: Of validation targets.
         settings: `lsc_*`.
         valid_metric: Such as NDCG@10.
     """
     name, _, k = valid_metric.partition("@")
     # a stream is fused at views of every age, so some requests are made there
-    asks = never if replay.steps == 1 else at_random(settings.rate)
+    asks = never if trial.steps == 1 else at_random(settings.rate)
 
     def score(alpha: float, norm: str) -> float:
-        fusion = FUSIONS[settings.fusion](alpha, norm)
-        return float(replay.run(asks, fusion, seed=0).metric(name, int(k)).mean())
+        return float(trial.run(asks, FUSIONS[settings.fusion](alpha, norm), name, int(k))[1].mean())
 
     if settings.fusion == "code":
         return Fusions(0.5, "rank", score(0.5, "rank"), valid_metric, {})
@@ -96,35 +192,92 @@ def best_fusion(replay: Replay, settings: Any, valid_metric: str) -> Fusions:
     return Fusions(ALPHAS[at], norm, curve[norm][at], valid_metric, curve)
 
 
-def policy_of(
-    name: str, rate: float, replay_of: Callable[[str], Replay], fusion: Fusion, settings: Any, config: Any
-) -> Policy | None:
-    """A policy at a rate, with its threshold; None where it means nothing: no invalid candidates, no item vectors, no second step.
+class Learned:
+    """A policy that predicts from a step's features how much a request would bring; a ridge regression on validation targets.
+
+    Its threshold, and what is said of it on validation, rest on predictions for users that were not fitted on (`out_of_fold`).
 
     Args:
-        name: One of `lsc_policy`'s.
+        trial: Of validation targets.
+        gain: What a request would bring.
+        seed: Of the folds.
+    """
+
+    def __init__(self, trial: Trial, gain: Callable[[Step, Step], Tensor], seed: int = 0):
+        from sklearn.linear_model import RidgeCV
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import StandardScaler
+
+        steps = [trial.at(age) for age in trial.ages if age <= trial.oldest]
+        features = [step.features() for step in steps]
+        gains = [gain(step, trial.fresh).numpy() for step in steps]
+        users = len(gains[0])
+        self.fold = np.random.default_rng(seed).permutation(users) % FOLDS
+
+        def fitted(chosen: np.ndarray) -> Any:
+            model = make_pipeline(StandardScaler(), RidgeCV(alphas=np.logspace(-2, 4, 13)))
+            parts = [np.concatenate([each[chosen] for each in columns]) for columns in (features, gains)]
+            return model.fit(*parts)
+
+        self.models = [fitted(self.fold != number) for number in range(FOLDS)]
+        self.model = fitted(np.ones(users, bool))
+
+    def __call__(self, step: Step) -> Tensor:
+        """The signal of any users [U]."""
+        return torch.from_numpy(self.model.predict(step.features())).float()
+
+    def out_of_fold(self, step: Step) -> Tensor:
+        """The signal of the users it was fitted on, each by the model that has not seen them [U]."""
+        found = np.stack([model.predict(step.features()) for model in self.models])
+        return torch.from_numpy(found[self.fold, np.arange(len(self.fold))]).float()
+
+
+class Asks(NamedTuple):
+    """A policy, and the same one on the users on whom it was set."""
+
+    policy: Policy
+    on_valid: Policy
+
+
+def policy_of(
+    name: str, rate: float, trial_of: Callable[[str], Trial], fusion: Fusion, settings: Any, config: Any
+) -> Asks | str:
+    """A policy at a rate, with its threshold; or why it means nothing.
+
+    Args:
+        name: One of `POLICIES`.
         rate: Requests per recommendation that it is set to.
-        replay_of: Gives the replay of `valid` or `test` steps.
+        trial_of: Gives the trial on `valid` or `test` targets.
         fusion: How cloud and device are one.
         settings: `lsc_*`.
         config: For `valid_metric` and `seed`.
     """
     metric, _, k = config["valid_metric"].partition("@")
-    if name in ("never", "always"):
-        return never if name == "never" else always
-    if name == "random":
-        return at_random(rate)
-    if name == "periodic":
-        return periodically(rate) if settings.steps > 1 else None
+    trial, seed = trial_of("valid"), config["seed"]
     gain = gain_of(fusion, metric, int(k))
-    if name == "oracle":
-        return oracle(rate, gain)
+    free = {
+        "never": never,
+        "always": always,
+        "random": at_random(rate),
+        "periodic": periodically(rate, seed),
+        "oracle": oracle(rate, gain),
+    }
+    if name == "periodic" and settings.steps == 1:
+        return "one step has no period"
+    if name in free:
+        return Asks(free[name], free[name])
     if name == "learned":
-        signal: Callable = Learned(replay_of("valid"), fusion, gain, config["seed"])
-    else:
-        signal = partial(SIGNALS[name], measure=settings.measure)
-    threshold = calibrated(replay_of(settings.threshold), signal, rate, fusion, config["seed"])
-    return None if threshold is None else by_signal(signal, threshold)
+        learned = Learned(trial, gain, seed)
+        threshold = trial.threshold(learned.out_of_fold, rate)
+        return Asks(by_signal(learned, threshold), by_signal(learned.out_of_fold, threshold))
+    signal = partial(SIGNALS[name], measure=settings.measure)
+    if name == "history-drift" and trial.fresh.moved is None:
+        return "the device has no item vectors"
+    if name == "invalid-count" and not any(bool(signal(trial.at(age)).any()) for age in trial.ages):
+        return "no list lacks a candidate"
+    group = CODE_GROUP if name == "consistency" and settings.measure == "code" else 1
+    policy = by_signal(signal, trial_of(settings.threshold).threshold(signal, rate), group)
+    return Asks(policy, policy)
 
 
 @dataclass(frozen=True)
@@ -146,16 +299,21 @@ class Costs:
     device_bytes: int
 
     def of(self, outcome: Outcome, replay: Replay) -> dict[str, float]:
-        """Means over all recommendations of a replay, by the names under which they stand beside RecBole's metrics."""
+        """Means over all recommendations of a replay, by the names under which they stand beside RecBole's metrics.
+
+        A user's first list is a call of the cloud, too: it is among `cloud_calls`, and neither a request nor among the bytes and times.
+        """
         targets, asked = replay.targets, outcome.asked
         log = replay.log
         first = log.offsets[log.user_index(targets.flatten())].view(targets.shape)
         history = (targets - first).clamp(max=self.cloud_reads)
+        sent = (replay.lists.at(targets.flatten())[0] > 0).sum(dim=1).view(targets.shape)
         up = self.network.up(asked, outcome.new_items, history).double()
-        down = self.network.down(asked, outcome.candidates).double()
+        down = self.network.down(asked, sent).double()
         latency = self.network.latency_ms(asked, up, down, self.device_ms, self.cloud_ms)
         return {
             "request_rate": outcome.rate,
+            "cloud_calls": outcome.rate + 1 / targets.shape[1],
             "candidate_recall": float(outcome.in_list.double().mean()),
             "staleness": float((targets - outcome.view).double().mean()),
             "up_bytes": float(up.mean()),

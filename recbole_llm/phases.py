@@ -144,11 +144,12 @@ class PhaseTrainer(SequenceTrainer):
         counts = torch.bincount(items, minlength=self.dataset.item_num)
         self.popularity = by_popularity(counts[self._names.internal])
 
-    def has_to_beat_its_start(self, split: Any) -> None:
+    def has_to_beat_its_start(self, split: Any, saved: bool) -> None:
         """Let only better weights be kept than those the phase begins with, by its own validation; not asked anew by a resumed one.
 
         Args:
             split: What it will be trained on.
+            saved: Whether the best weights are kept in a file.
         """
         if self._resumed is not None or self.phase.valid_lists is None:
             return
@@ -160,6 +161,13 @@ class PhaseTrainer(SequenceTrainer):
         self.logger.info(
             f"Phase {self.phase.name} begins at {self.start_score:.6f} on validation, and is kept where it gets better."
         )
+
+    def is_better_than_its_start(self) -> bool:
+        """Whether the weights as they are now do better on the phase's validation; a phase without such a validation is."""
+        if self.start_score is None:
+            return True
+        now, _ = self._valid_epoch(None)
+        return now > self.start_score if self.valid_metric_bigger else now < self.start_score
 
     def windows_of(self, log: Log, length: int, overlap: int) -> Windows:
         """All windows, or one at each user's end with its loss on the real-time targets, and some of what was before (`lsc_replay`)."""
@@ -224,7 +232,7 @@ class PhaseTrainer(SequenceTrainer):
         settings, timeline = self.settings, self.timeline
         position = self._places[row]
         items, _ = lists.at(timeline.view(position, settings.list_lag))
-        items = items[:, : settings.list_cloud]
+        items = items[:, : min(settings.list_cloud, settings.list - 1)]
         there = (items > 0).any(dim=1)
         if settings.inject == "never":
             there &= (items == target.unsqueeze(1)).any(dim=1)
@@ -266,7 +274,14 @@ class PhaseTrainer(SequenceTrainer):
         if phase.valid_lists is None:
             return super()._valid_epoch(valid_data, show_progress)
         start = self.timeline.view(phase.valid, self.settings.lag)
-        replay = Replay(self.timeline.log, self.scorer, phase.valid_lists, phase.valid.unsqueeze(1), start)
+        replay = Replay(
+            self.timeline.log,
+            self.scorer,
+            phase.valid_lists,
+            phase.valid.unsqueeze(1),
+            start,
+            self.seen_items == "mask",
+        )
         name, _, k = metric.partition("@")
         score = float(replay.run(never, lambda cloud, device, there: device).metric(name, int(k)).mean())
         return score, {metric.lower(): score}
@@ -284,6 +299,11 @@ class Phases:
         folder: Where each phase has a folder of its own.
         valid_data: Any evaluation loader of RecBole's, or None: then no phase stops early.
         users: Users whose rows are validated on, as indices into the timeline's log.
+
+    Attributes:
+        popularity: How often each item is a historical target [n_items].
+        weights: Phase -> the weights with which it ended.
+        seconds: Phase -> how long it took when it was trained.
     """
 
     def __init__(
@@ -300,13 +320,17 @@ class Phases:
         self.settings, self.timeline, self.cloud, self.scorer = settings, timeline, cloud, scorer
         self.make_config, self.folder, self.valid_data, self.users = make_config, Path(folder), valid_data, users
         self.seconds: dict[str, float | None] = {}
+        self.popularity = torch.bincount(timeline.log.items[timeline.train], minlength=timeline.log.n_items)
         self.weights: dict[str, dict[str, Tensor]] = {}
 
     def run(self, saved: bool, verbose: bool, show_progress: bool, callback_fn: Callable | None) -> None:
         """Train every phase that `lsc_phases` names, and keep the weights each ends with."""
         for name in self.settings.phases:
             self._run(name, saved, verbose, show_progress, callback_fn)
-            self.weights[name] = {key: value.clone() for key, value in self.scorer.model.state_dict().items()}
+            self.weights[name] = self._weights()
+
+    def _weights(self) -> dict[str, Tensor]:
+        return {key: value.clone() for key, value in self.scorer.model.state_dict().items()}
 
     def load(self, name: str) -> None:
         """Give the device model the weights with which a phase ended."""
@@ -334,12 +358,17 @@ class Phases:
             f"Phase {name}: {len(phase.targets)} targets, {phase.loss} loss, {len(phase.valid)} validation rows."
         )
         began = perf_counter()
-        if saved and valid and settings.keep_better:
-            trainer.has_to_beat_its_start(split)
+        start = None
+        if valid and settings.keep_better and self.weights:
+            start = self._weights()
+            trainer.has_to_beat_its_start(split, saved)
         trainer.fit(
             train_loader(config, split, valid and valid._dataset), valid, verbose, saved, show_progress, callback_fn
         )
         self.seconds[name] = perf_counter() - began
+        # without files RecBole leaves the weights of the last epoch
+        if not saved and start is not None and not trainer.is_better_than_its_start():
+            self.scorer.model.load_state_dict(start)
         if saved:
             file = folder / "model.safetensors"
             self._take(file)

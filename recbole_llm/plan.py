@@ -13,7 +13,8 @@ import torch
 
 from recbole_llm import knowledge, teacher
 from recbole_llm.model.dllm2rec import Distillation
-from recbole_llm.model.lsc4rec import Collaboration, cloud_config, device_config
+from recbole_llm.model.lsc4rec import cloud_config, device_config
+from recbole_llm.terms import Collaboration
 from recbole_llm.timeline import Timeline
 
 # Speed of each kind of work, as a share of a plain matrix product's, measured on two CPU cores with SmolLM2-135M and SASRec; over
@@ -42,11 +43,11 @@ def steps(config: Any, data: tuple) -> list[Step]:
     train_data, test_data = data.train, data.test
     rate = multiplications_per_second()
     targets = len(train_data._dataset)
-    if config["prompt_lead"]:  # an LLM that is prompted; other models are trained whole
-        count = _some(config["teacher_eval_rows"], len(test_data._dataset))
-        return [*tuning(config, targets, rate), writing("Test the LLM", config["llm"], count, rate)]
     if config["cloud"]:
         return collaborating(config, train_data, rate)
+    if config["llm"] and config["prompt_lead"]:  # an LLM that is prompted; other models are trained whole
+        count = _some(config["teacher_eval_rows"], len(test_data._dataset))
+        return [*tuning(config, targets, rate), writing("Test the LLM", config["llm"], count, rate)]
     if not config["student"] or config["distill_mode"] == "off":
         items = train_data._dataset.item_num
         name = config["student"] or config["model"]
@@ -114,7 +115,7 @@ def collaborating(config: Any, train_data: Any, rate: float) -> list[Step]:
     timeline = Timeline.of(train_data._dataset, settings.steps)
     own, targets, items = cloud_config(config), len(timeline.train), timeline.log.n_items
     users = min(settings.users or len(timeline.users), len(timeline.users))
-    views = users * (2 * settings.steps + 2 * settings.lag + 2)
+    views = users * (settings.steps + settings.lag + 4)
     history = timeline.split(timeline.train)
     plan = []
     if config["cloud_checkpoint"] or teacher.is_ready(teacher.folder_of(own, history)):

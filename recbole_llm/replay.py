@@ -5,7 +5,7 @@ decision falls before the list is shown, and only a policy that is called an ora
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -50,6 +50,7 @@ class Step:
         new_items: What has happened since the last contact [U].
         moved: How far the interest has moved since [U]; None if the device has no item vectors.
         target: The item that will be met [U]; for oracles and for the account alone.
+        number: Of the step, from 0.
     """
 
     items: Tensor
@@ -59,6 +60,7 @@ class Step:
     new_items: Tensor
     moved: Tensor | None
     target: Tensor
+    number: int = 0
 
     def rank(self, fusion: Fusion) -> Tensor:
         """Place of the target in the fused list, from 0; -1 where it is none of the candidates [U]."""
@@ -82,19 +84,13 @@ class Step:
         return torch.stack([column.float() for column in columns], dim=1).numpy()
 
 
-def missing(step: Step, measure: str) -> Tensor | None:
-    """How many candidates a list lacks [U]; None where no list lacks any."""
-    count = (~step.there).sum(dim=1).float()
-    return count if bool(count.any()) else None
-
-
-SIGNALS: dict[str, Callable[[Step, str], Tensor | None]] = {
+SIGNALS: dict[str, Callable[[Step, str], Tensor]] = {
     "consistency": lambda step, measure: MEASURES[measure](step.cloud, step.device, step.there),
-    "invalid-count": missing,
+    "invalid-count": lambda step, measure: (~step.there).sum(dim=1).float(),
     "confidence": lambda step, measure: uncertainty(step.device, step.there),
     "history-drift": lambda step, measure: step.moved,
 }
-"""How much a device wants to ask, higher = more [U], of a step and a measure of disagreement; None where it means nothing."""
+"""How much a device wants to ask, higher = more [U], of a step and a measure of disagreement."""
 
 Policy = Callable[[Step, Step, torch.Generator], Tensor]
 """What is at hand, what a request would bring (for oracles), a source of random numbers -> who asks [U]."""
@@ -196,7 +192,9 @@ class Replay:
             scores = self.device.rerank(self.log, target, items)
         else:
             scores = self.device.of_states(self._states[:, number], items)
-        return Step(items, cloud, scores, items > 0, target - view, self._moved(view, target), self.log.items[target])
+        return Step(
+            items, cloud, scores, items > 0, target - view, self._moved(view, target), self.log.items[target], number
+        )
 
     def candidates(self, target: Tensor, view: Tensor) -> tuple[Tensor, Tensor]:
         """The list of each view, and the cloud's scores, at the time of a target [R, K]; a masked item is none. Args: [R], [R]."""
@@ -223,6 +221,18 @@ class Replay:
         if self._stale is None:
             self._stale = self.step(0, self.start)
         return self._stale
+
+    def aged(self, age: int, view_age: int) -> Step:
+        """The first step with a list of some age.
+
+        Args:
+            age: Interactions since the last contact.
+            view_age: Interactions that the list is behind by; fewer than `age`, where older lists are not to be had.
+        """
+        target = self.targets[:, 0]
+        first = self.log.offsets[self.log.user_index(target)] + 1
+        step = self.step(0, torch.maximum(target - view_age, first))
+        return replace(step, new_items=torch.full_like(target, age))
 
     def run(self, policy: Policy, fusion: Fusion, seed: int = 0) -> Outcome:
         """Replay all steps under a policy.
@@ -262,19 +272,31 @@ def at_random(rate: float) -> Policy:
     return lambda now, fresh, generator: torch.rand(len(now.items), generator=generator) < rate
 
 
-def periodically(rate: float) -> Policy:
-    """Each asks when 1 / rate interactions have gone by since the last contact."""
-    period = max(1, round(1 / rate)) if rate else float("inf")
-    return lambda now, fresh, generator: now.new_items >= period
+def periodically(rate: float, seed: int = 0) -> Policy:
+    """Each asks at every 1 / rate-th step, with a phase of its own. Args: rate; seed of the phases."""
+    period = max(1, round(1 / rate)) if rate else None
+
+    def policy(now: Step, fresh: Step, generator: torch.Generator) -> Tensor:
+        if period is None:
+            return never(now, fresh, generator)
+        phase = torch.randint(period, (len(now.items),), generator=torch.Generator().manual_seed(seed))
+        return (now.number + phase) % period == 0
+
+    return policy
 
 
-def by_signal(signal: Callable[[Step], Tensor | None], threshold: Threshold) -> Policy:
-    """Those ask whose signal is above a threshold."""
-    return lambda now, fresh, generator: threshold.asks(signal(now), generator)
+def by_signal(signal: Callable[[Step], Tensor], threshold: Threshold, group: int = 1) -> Policy:
+    """Those ask whose signal is above a threshold. Args: signal; threshold; users who decide together, one after the other."""
+    return lambda now, fresh, generator: threshold.asks(signal(now), generator, group)
 
 
 def oracle(rate: float, gain: Callable[[Step, Step], Tensor]) -> Policy:
-    """Those ask who gain most by it, which nobody can know: a bound. Args: rate; gain of what is at hand and what would come [U]."""
+    """Those ask who gain most by it at this step, which nobody can know; greedy, since it does not look at what follows.
+
+    Args:
+        rate: Share of the users who ask.
+        gain: Of what is at hand and of what would come [U].
+    """
 
     def policy(now: Step, fresh: Step, generator: torch.Generator) -> Tensor:
         gains = gain(now, fresh)
@@ -291,76 +313,6 @@ def gain_of(fusion: Fusion, metric: str, k: int) -> Callable[[Step, Step], Tenso
         return torch.from_numpy(with_it - without)
 
     return gain
-
-
-def calibrated(
-    replay: Replay, signal: Callable[[Step], Tensor | None], rate: float, fusion: Fusion, seed: int = 0
-) -> Threshold | None:
-    """The threshold under which a share `rate` of recommendations asks, on a replay of validation steps; None if it means nothing.
-
-    With one step it is the quantile. In a stream a request changes what comes later, so the quantile of the signals without requests
-    is moved until the replay asks as often as it shall.
-
-    Args:
-        replay: Of validation steps.
-        signal: How much a device wants to ask.
-        rate: Requests per recommendation.
-        fusion: As in `Replay.run`.
-        seed: As in `Replay.run`.
-    """
-    first = signal(replay.first())
-    if first is None:
-        return None
-    if replay.steps == 1:
-        return Threshold.for_rate(first, rate)
-    signals: list[Tensor] = []
-
-    def only_looks(now: Step, fresh: Step, generator: torch.Generator) -> Tensor:
-        signals.append(signal(now))
-        return never(now, fresh, generator)
-
-    replay.run(only_looks, fusion, seed)
-    pooled = torch.cat(signals)
-    low, high = 0.0, 1.0
-    for _ in range(12):
-        middle = (low + high) / 2
-        tried = Threshold.for_rate(pooled, middle)
-        if replay.run(by_signal(signal, tried), fusion, seed).rate > rate:
-            high = middle
-        else:
-            low = middle
-    return Threshold.for_rate(pooled, low)
-
-
-class Learned:
-    """A policy that predicts from a step's features how much a request would bring; a ridge regression on validation steps.
-
-    Args:
-        replay: Of validation steps.
-        fusion: How cloud and device are one.
-        gain: What a request would bring.
-        seed: Of the requests that are tried, so that views of every age are among the steps.
-    """
-
-    def __init__(self, replay: Replay, fusion: Fusion, gain: Callable[[Step, Step], Tensor], seed: int = 0):
-        from sklearn.linear_model import RidgeCV
-        from sklearn.pipeline import make_pipeline
-        from sklearn.preprocessing import StandardScaler
-
-        features, gains = [], []
-
-        def policy(now: Step, fresh: Step, generator: torch.Generator) -> Tensor:
-            features.append(now.features())
-            gains.append(gain(now, fresh).numpy())
-            return torch.rand(len(now.items), generator=generator) < 0.2
-
-        replay.run(policy, fusion, seed)
-        self.model = make_pipeline(StandardScaler(), RidgeCV(alphas=np.logspace(-2, 4, 13)))
-        self.model.fit(np.concatenate(features), np.concatenate(gains))
-
-    def __call__(self, step: Step) -> Tensor:
-        """The signal [U]."""
-        return torch.from_numpy(self.model.predict(step.features())).float()
 
 
 def mean_over(outcomes: Sequence[Outcome], metric: str, k: int) -> np.ndarray:

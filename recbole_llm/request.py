@@ -101,7 +101,11 @@ def disagreement_at(first: Tensor, second: Tensor, there: Tensor, k: int) -> Ten
     return 1 - both / there.sum(dim=1).clamp(1, k)
 
 
-def code_score(first: Tensor, second: Tensor, there: Tensor, group: int = 16) -> Tensor:
+CODE_GROUP = 16
+"""Users who decide together in the authors' code."""
+
+
+def code_score(first: Tensor, second: Tensor, there: Tensor, group: int = CODE_GROUP) -> Tensor:
     """The authors' inconsistency of a batch of users, given to each of them [B]: D + (4 + 0.3 Z)^2.
 
     D is the mean |place - place| over the candidates of all users of a group, Z the number of its slots without a candidate. Their
@@ -168,10 +172,16 @@ class Threshold:
         higher, ties = int((scores > above).sum()), int((scores == above).sum())
         return cls(above, min(1.0, max(0.0, (wanted - higher) / ties)))
 
-    def asks(self, scores: Tensor, generator: torch.Generator) -> Tensor:
-        """Who asks [B]; one number is drawn for each row, whatever its score."""
-        draw = torch.rand(len(scores), generator=generator).to(scores.device)
-        return (scores > self.above) | ((scores == self.above) & (draw < self.share))
+    def asks(self, scores: Tensor, generator: torch.Generator, group: int = 1) -> Tensor:
+        """Who asks [B].
+
+        Args:
+            scores: [B].
+            generator: One number is drawn from it for each group, whatever its score.
+            group: Users, one after the other, who share a draw.
+        """
+        draw = torch.rand(-(-len(scores) // group), generator=generator).repeat_interleave(group)[: len(scores)]
+        return (scores > self.above) | ((scores == self.above) & (draw.to(scores.device) < self.share))
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,10 @@ class Timeline:
         log = Log.from_dataset(whole)
         pointer = torch.full((len(log.items),), -1, dtype=torch.long)
         pointer[row_positions(whole)] = pointers
-        count = log.offsets.diff()
+        count, there = (
+            log.offsets.diff(),
+            int((flat.offsets.diff() > 0).sum()),
+        )  # who has one interaction is in no log of rows
         users = (count >= steps + 6).nonzero()[:, 0]
         if not len(users):
             raise ValueError(
@@ -84,7 +87,7 @@ class Timeline:
             [torch.arange(a, b) for a, b in zip((first + 1).tolist(), (last + ~validates).tolist(), strict=True)]
         )
         return cls(
-            log, steps, users, len(count) - len(users), train, last[validates], valid, whole, pointer
+            log, steps, users, there - len(users), train, last[validates], valid, whole, pointer
         )  # fmt: skip
 
     @property

@@ -15,7 +15,7 @@ from recbole_llm import config as config_file
 from recbole_llm.config import Config, check_topk, choice, guess, role_config, sequential_models
 from recbole_llm.model import PROPERTIES, model_files
 from recbole_llm.model.dllm2rec import Distillation
-from recbole_llm.model.lsc4rec import Collaboration
+from recbole_llm.terms import Collaboration
 from tests.conftest import ROOT
 from tests.oracle import prepared, student
 

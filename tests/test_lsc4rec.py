@@ -1,8 +1,10 @@
 """LSC4Rec as a whole: what its phases learn from, what they leave alone, and that its ranking is what its account says."""
 
 import json
+import pathlib
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from recbole.config import Config
@@ -13,11 +15,14 @@ from recbole.utils import get_model, get_trainer, init_seed
 from recbole_llm.account import Account, area_over, share_kept
 from recbole_llm.checkpoint import read_checkpoint
 from recbole_llm.cloud import most_recent, proposed
+from recbole_llm.collaboration import policy_of
 from recbole_llm.evaluation import POINTER
-from recbole_llm.model.lsc4rec import Collaboration
+from recbole_llm.model.lsc4rec import cloud_config
+from recbole_llm.phases import PhaseTrainer, digit_neighbours, list_loss
 from recbole_llm.quick_start import run_recbole_llm
 from recbole_llm.recommend import load_recommender
 from recbole_llm.report import row_metric
+from recbole_llm.terms import Collaboration
 from tests.pipelines import ring_settings
 from tests.small_logs import random_log, write_log
 
@@ -175,7 +180,7 @@ def test_other_device_models(source, device):
 
 
 def test_code_mode_trains_and_fuses_as_the_authors_code(source):
-    run = fitted(source, lsc_mode="code")
+    run = fitted(source, lsc_mode="code", lsc_rate=0.4)
     settings = run.model.settings
     assert (settings.independent_loss, settings.hard, settings.inject, settings.list_lag) == (
         "bce",
@@ -183,19 +188,9 @@ def test_code_mode_trains_and_fuses_as_the_authors_code(source):
         "always",
         0,
     )
-    result = run.trainer.evaluate(run.data[2])
-    # D + (4 + 0.3 Z)^2 is the same for all users of a group of 16, so they ask together
-    asked = run.trainer.outcome.asked[:16, 0]
-    assert bool(asked.all()) or not bool(asked.any()) or result["request_rate"] < 1
-
-
-@pytest.mark.parametrize("hard", ["random", "popular", "device", "digits"])
-def test_every_kind_of_hard_negatives(source, hard):
-    run = fitted(source, lsc_hard=hard, lsc_inject="always", lsc_keep_better=False, checkpoint_dir=hard)
-    before, after = (
-        run.trainer.phases.weights[phase]["item_embedding.weight"] for phase in ("independent", "cooperative")
-    )
-    assert torch.isfinite(after).all() and not torch.equal(before, after)
+    run.trainer.evaluate(run.data[2])
+    groups = run.trainer.outcome.asked[:, 0].split(16)
+    assert all(bool((group == group[0]).all()) for group in groups)
 
 
 def test_a_phase_that_is_no_better_is_not_kept(ring, tiny_lm):
@@ -278,12 +273,169 @@ def test_a_split_that_is_not_leave_one_out_is_refused(source):
         run.trainer.fit(run.data[0], run.data[1])
 
 
-def test_a_policy_that_means_nothing_is_refused(source):
-    run = fitted(source, lsc_policy="periodic")
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"device_model": "DIN", "lsc_hard": "device"}, "lsc_hard=device: DIN scores one item at a time"),
+        ({"device_model": "DIN", "lsc_policy": "history-drift"}, "lsc_policy=history-drift: DIN has no item vectors"),
+        ({"cloud": "DIN"}, "cloud=DIN: scores one item at a time"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_any_work(source, settings, message):
+    own = {key: None for key in SMALL if key.startswith(("device_hidden", "cloud_hidden"))}
+    config = {key: value for key, value in SMALL.items() if key not in own} | {"data_path": str(source)} | settings
+    with pytest.raises(ValueError, match=message):
+        run_recbole_llm("LSC4Rec", "log", config_dict=config)
+    assert not pathlib.Path("saved/teachers").exists()
+
+
+def test_periodic_means_nothing_in_one_step(source):
     with pytest.raises(
-        ValueError, match="lsc_policy=periodic: means nothing for cloud=SASRec and lsc_evaluation=static"
+        ValueError, match="lsc_policy=periodic: means nothing in one step; there is lsc_evaluation=stream"
+    ):
+        prepared(source, lsc_policy="periodic")
+
+
+def test_a_policy_that_means_nothing_for_the_lists_is_refused(source):
+    run = fitted(source, lsc_policy="invalid-count")
+    with pytest.raises(
+        ValueError, match="lsc_policy=invalid-count: means nothing here, since no list lacks a candidate"
     ):
         run.trainer.evaluate(run.data[2])
+
+
+def test_recboles_validation_rows_are_validated_on_or_refused(source):
+    run = fitted(source)
+    assert 0 <= run.trainer.evaluate(run.data[1])["ndcg@5"] <= 1
+    stream = fitted(source, lsc_evaluation="stream", lsc_steps=3, checkpoint_dir="stream")
+    with pytest.raises(ValueError, match="evaluate: these rows are neither .* there are the test rows"):
+        stream.trainer.evaluate(stream.data[1])
+
+
+def test_a_stream_trains_and_chooses_on_nothing_that_it_shows(source, tmp_path):
+    """Its last steps changed, everything that is trained or chosen stays: weights, fusion, thresholds, what a learned policy says."""
+    other = changed(tmp_path / "other", lambda from_end: from_end <= 4)
+    settings = {"lsc_evaluation": "stream", "lsc_steps": 4}
+    here, there = (fitted(path, checkpoint_dir=name, **settings) for path, name in ((source, "here"), (other, "there")))
+    assert here.best == there.best and (here.model.alpha, here.model.norm) == (there.model.alpha, there.model.norm)
+    for name in ("consistency", "history-drift", "learned"):
+        walked = []
+        for run in (here, there):
+            asks = policy_of(name, 0.3, run.trainer.trial, run.model.fusion, run.trainer.settings, run.config)
+            walked.append(run.trainer.trial("valid").run(asks.on_valid, run.model.fusion, "ndcg", 5))
+        assert walked[0][0] == walked[1][0] and (walked[0][1] == walked[1][1]).all()
+
+
+def test_what_a_stream_validates_on_trains_nobody(source):
+    run = prepared(source, lsc_evaluation="stream", lsc_steps=3)
+    run.trainer._know(run.data[0])
+    timeline = run.trainer.timeline
+    valid = run.trainer.targets("valid").flatten()
+    trained = torch.cat([timeline.train, timeline.history_valid, timeline.real_time.flatten()])
+    assert not torch.isin(valid, trained).any()
+
+
+def test_a_sample_of_users_is_evaluated(source):
+    run = fitted(source, lsc_users=7)
+    run.trainer.evaluate(run.data[2])
+    assert len(run.trainer.evaluated_rows) == len(run.trainer.ranks) == 7
+
+
+def test_without_validation_data_every_phase_runs_to_its_end(source):
+    run = prepared(source, lsc_stopping_step=0)
+    run.trainer.fit(run.data[0])
+    assert list(run.trainer.phases.weights) == ["independent", "cooperative", "retrain"]
+
+
+def test_without_files_a_phase_that_gets_worse_is_taken_back(ring, tiny_lm):
+    settings = ring_settings(ring, "LSC4Rec", tiny_lm, lsc_independent_epochs=20, lsc_cooperative_rate=30.0)
+    config = Config("LSC4Rec", "ring", config_dict=settings)
+    data = data_preparation(config, create_dataset(config))
+    trainer = get_trainer(config["MODEL_TYPE"], "LSC4Rec")(config, get_model("LSC4Rec")(config, data[0]._dataset))
+    trainer.fit(data[0], data[1], saved=False)
+    before, after = (trainer.phases.weights[phase]["item_embedding.weight"] for phase in ("independent", "cooperative"))
+    assert torch.equal(before, after)
+
+
+def test_a_threshold_covers_the_rate_it_was_set_to(source):
+    """On other users' last step, within the binomial interval of three standard errors of both samples."""
+    run = fitted(source)
+    trial, test = (run.trainer.trial(part) for part in ("valid", "test"))
+    for rate in (0.2, 0.5):
+        asks = policy_of("confidence", rate, run.trainer.trial, run.model.fusion, run.trainer.settings, run.config)
+        asked, _ = test.run(asks.policy, run.model.fusion, "ndcg", 5)
+        assert abs(asked - rate) < 3 * (2 * rate * (1 - rate) / len(trial.replay.targets)) ** 0.5
+
+
+def test_a_list_is_never_longer_than_it_may_be(source):
+    run = prepared(
+        source, lsc_list=4, lsc_list_cloud=8, lsc_inject="always", lsc_base_weight=0.0, lsc_keep_better=False
+    )
+    widths = []
+    score = run.model.scorer.scores
+    run.model.scorer.scores = lambda batch, items, states=None: (
+        widths.append(items.shape[1]) or score(batch, items, states)
+    )
+    run.trainer.fit(run.data[0], run.data[1])
+    assert set(widths) == {4}
+
+
+def test_the_plan_names_cloud_lists_and_phases(source):
+    steps = run_recbole_llm("LSC4Rec", "log", config_dict=SMALL | {"data_path": str(source)}, estimate=True)["plan"]
+    assert [step.what.split(" on ")[0].split(" gives ")[0] for step in steps] == [
+        "Train SASRec (cloud)", "SASRec", "Train SASRec", "Train SASRec", "Train SASRec",
+    ]  # fmt: skip
+
+
+def test_the_words_of_prompts_reach_a_cloud_that_is_prompted(source):
+    settings = {key: value for key, value in SMALL.items() if not key.startswith("cloud_")}
+    settings |= {"cloud": "BIGRec", "prompt_lead": "Seen:", "data_path": str(source), "title_field": None}
+    assert cloud_config(Config("LSC4Rec", "log", config_dict=settings))["prompt_lead"] == "Seen:"
+
+
+def test_list_loss_by_hand():
+    """Section 2.2 of the method document: mean binary cross entropy over the list; padding counts for nothing."""
+    scores, there = torch.tensor([[2.0, 0.0, 5.0]]), torch.tensor([[True, True, False]])
+    assert float(list_loss(scores, there, "bce")) == pytest.approx((0.126928 + 0.693147) / 2, abs=1e-5)
+    assert float(list_loss(scores, there, "listwise")) == pytest.approx(0.126928, abs=1e-5)
+
+
+def test_neighbours_by_digits_are_made_of_the_lists_pieces():
+    """Section 2.2: {7391, 1208, 11954} gives pieces F = {0, 1}, S = {73, 12, 19}, T = {91, 8, 54}."""
+    made = digit_neighbours(torch.tensor([[7391, 1208, 11954], [0, 0, 0]]), 500, torch.Generator().manual_seed(0))
+    possible = {
+        first * 10_000 + middle * 100 + last for first in (0, 1) for middle in (73, 12, 19) for last in (91, 8, 54)
+    }
+    assert set(made[0].tolist()) == possible and not made[1].any()
+
+
+def test_hard_negatives_are_what_they_are_called(source):
+    found = {}
+    for hard in ("random", "popular", "device"):
+        run = prepared(
+            source, lsc_hard=hard, lsc_phases=["cooperative"], lsc_cooperative_epochs=1, checkpoint_dir=f"hard-{hard}"
+        )
+        seen = found.setdefault(hard, [])
+        original = PhaseTrainer._hard
+
+        def spy(self, *arguments, seen=seen, original=original):
+            made = original(self, *arguments)
+            seen.append((made, arguments[2]))
+            return made
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(PhaseTrainer, "_hard", spy)
+            run.trainer.fit(run.data[0], run.data[1])
+        found[hard] = seen, run.trainer.phases.popularity
+    counts = {
+        hard: torch.bincount(torch.cat([made.flatten() for made, _ in seen]), minlength=41)[1:]
+        for hard, (seen, _) in found.items()
+    }
+    popularity = found["popular"][1][1:].double()
+    correlations = {hard: float(np.corrcoef(counts[hard].double(), popularity)[0, 1]) for hard in ("random", "popular")}
+    assert correlations["popular"] > 0.6 > correlations["random"]
+    made, hidden = found["device"][0][0]
+    assert made.shape[1] == 7 and len(made[0].unique()) == 7  # the best ones, none twice
 
 
 def test_users_with_too_few_interactions_are_named(source, caplog):
@@ -306,8 +458,6 @@ def test_a_run_writes_its_account_and_pictures_and_is_taken_from_its_folder(sour
     settings = SMALL | {"data_path": str(source), "lsc_evaluation": "stream", "lsc_steps": 3, "lsc_rates": [0.2, 0.5]}
     first = run_recbole_llm("LSC4Rec", "log", config_dict=settings)
     folder = first["folder"]
-    import pathlib
-
     names = {path.name for path in pathlib.Path(folder).iterdir()}
     for picture in ("rate", "alpha", "latency", "bytes_up", "bytes_down"):
         assert {f"{picture}.png", f"{picture}.html"} <= names
@@ -325,6 +475,10 @@ def test_a_run_writes_its_account_and_pictures_and_is_taken_from_its_folder(sour
     assert json.loads((pathlib.Path(folder) / "account.json").read_text())["chosen"]["steps"] == 3
     again = run_recbole_llm("LSC4Rec", "log", config_dict=settings)
     assert again["test_result"] == first["test_result"] and len(account.rows) == 14
+    assert (
+        "invalid-count: n/a, no list lacks a candidate" in first["table"]
+        and "The target is among the 12 candidates" in first["table"]
+    )
     assert all(line.cached for line in again["lines"])
 
 
@@ -357,8 +511,6 @@ def test_the_last_items_of_padded_histories():
 
 
 def test_the_share_of_the_gain_and_its_interval():
-    import numpy as np
-
     base, most = np.zeros(200), np.full(200, 0.5) + np.arange(200) % 2 * 0.1
     share, low, high = share_kept(most * 0.6, base, most)
     assert share == pytest.approx(0.6) and low == pytest.approx(0.6) and high == pytest.approx(0.6)
@@ -367,8 +519,6 @@ def test_the_share_of_the_gain_and_its_interval():
 
 def test_the_area_between_two_curves():
     """A policy with all of the gain at half of the requests: 3/4 against the 1/2 of a straight line."""
-    import numpy as np
-
     none, half, full = np.zeros(50), np.full(50, 0.5), np.ones(50)
     area, low, high = area_over([(none, none), (half, full), (full, full)], [(none, none), (half, half), (full, full)])
     assert area == pytest.approx(0.25) and low == pytest.approx(0.25) and high == pytest.approx(0.25)

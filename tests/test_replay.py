@@ -6,16 +6,14 @@ import torch
 
 import recbole_llm
 from recbole_llm.cloud import Lists
-from recbole_llm.collaboration import FUSIONS, Costs, best_fusion, policy_of
+from recbole_llm.collaboration import FUSIONS, Costs, Learned, Trial, best_fusion, policy_of
 from recbole_llm.device import Device
 from recbole_llm.replay import (
     SIGNALS,
-    Learned,
     Replay,
     always,
     at_random,
     by_signal,
-    calibrated,
     gain_of,
     never,
     oracle,
@@ -114,10 +112,11 @@ def test_one_step_is_the_first_step_of_a_stream(made):
     assert torch.equal(one.rank[:, 0], many.rank[:, 0])
 
 
-def test_periodic_asks_when_its_time_has_come(made):
+def test_periodic_asks_at_its_rate_whoever_it_is(made):
     outcome = replay_of(made).run(periodically(0.25), BOTH)
-    assert outcome.asked[0].tolist() == [False, False, True, False, False]
-    assert outcome.new_items[0].tolist() == [2, 3, 4, 1, 2]
+    steps = [asked.nonzero()[:, 0].tolist() for asked in outcome.asked]
+    assert {tuple(each) for each in steps} == {(0, 4), (1,), (2,), (3,)}
+    assert replay_of(made).run(periodically(0.0), BOTH).rate == 0
 
 
 def test_random_draws_are_seeded(made):
@@ -135,47 +134,103 @@ def test_an_oracle_is_not_beaten_at_its_rate(made):
     assert best > max(others)
 
 
+def trial_of(made, steps=1, lag=2) -> Trial:
+    return Trial(replay_of(made, 1, "valid"), lag, steps)
+
+
 def test_the_threshold_of_one_step_is_the_quantile_of_validation(made):
-    replay = replay_of(made, 1, "valid")
+    trial = trial_of(made)
 
     def signal(step):
         return signal_of(step, "confidence")
 
-    threshold = calibrated(replay, signal, 0.25, BOTH)
-    assert threshold == Threshold.for_rate(signal(replay.first()), 0.25)
-    assert abs(replay.run(by_signal(signal, threshold), BOTH).rate - 0.25) < 1 / len(replay.targets)
+    threshold = trial.threshold(signal, 0.25)
+    assert threshold == Threshold.for_rate(signal(trial.replay.first()), 0.25)
+    rate, _ = trial.run(by_signal(signal, threshold), BOTH, "NDCG", 5)
+    assert abs(rate - 0.25) < 1 / len(trial.replay.targets)
 
 
-def test_in_a_stream_the_threshold_is_moved_until_the_rate_is_met(made):
-    replay = replay_of(made, 5, "valid")
+def test_in_a_stream_the_threshold_is_that_of_all_ages(made):
+    """A signal that grows with age alone: whoever waits for age 4 asks at step 3 of a stream of 5 that begins at age 2."""
+    trial = trial_of(made, steps=5)
 
     def signal(step):
-        return step.new_items.float() + signal_of(step, "consistency")
+        return step.new_items.float()
 
-    threshold = calibrated(replay, signal, 0.2, BOTH)
-    assert abs(replay.run(by_signal(signal, threshold), BOTH).rate - 0.2) < 0.05
-    assert abs(replay.run(by_signal(signal, Threshold.for_rate(signal(replay.first()), 0.2)), BOTH).rate - 0.2) > 0.05
+    threshold = trial.threshold(signal, 0.2)
+    rate, _ = trial.run(by_signal(signal, threshold), BOTH, "NDCG", 5)
+    assert abs(rate - 0.2) < 0.05
+    assert abs(replay_of(made).run(by_signal(signal, threshold), BOTH).rate - 0.2) < 0.1
 
 
-def test_policies_that_mean_nothing_are_none(made):
+def test_the_rate_of_a_stream_is_foretold(made):
+    """The same device and lists of random age: what one target per user tells is what a replay does, within three standard errors."""
+    trial, replay = trial_of(made, steps=5), replay_of(made)
+
+    def signal(step):
+        return signal_of(step, "consistency")
+
+    for rate in (0.1, 0.3, 0.6):
+        asks = by_signal(signal, trial.threshold(signal, rate))
+        assert abs(replay.run(asks, BOTH).rate - rate) < 3 * (rate * (1 - rate) / len(replay.targets)) ** 0.5
+
+
+def test_ages_grow_and_begin_anew_after_a_request(made):
+    seen = []
+
+    def at_age(age):
+        seen.append(age)
+        return (1.0 if age == 4 else 0.0), float(age)
+
+    rate, mean = trial_of(made, steps=6).over_ages(at_age)
+    assert seen == [2, 3, 4, 1] and rate == pytest.approx(1 / 6) and mean == pytest.approx((2 + 3 + 4 + 1 + 2 + 3) / 6)
+
+
+def test_no_view_of_a_trial_is_older_than_the_real_time_data(made):
+    """The cloud was trained on what came next after older ones."""
+    trial = trial_of(made, steps=9)
+    assert trial.ages == list(range(1, 11)) and trial.oldest == 3
+    assert torch.equal(trial.at(7).items, trial.at(3).items) and bool((trial.at(7).new_items == 7).all())
+    assert trial_of(made, steps=9, lag=5).oldest == 5
+
+
+def asked_of(made, name, rate=0.2, **more):
+    settings = Settings()
+    vars(settings).update(more)
     config = {"valid_metric": "NDCG@5", "seed": 1}
+    return policy_of(name, rate, lambda part: trial_of(made, settings.steps), BOTH, settings, config)
 
-    def chosen(name, **more):
-        settings = Settings()
-        vars(settings).update(more)
-        return policy_of(name, 0.2, lambda part: replay_of(made, settings.steps, "valid"), BOTH, settings, config)
 
-    assert chosen("invalid-count") is None
-    assert chosen("periodic") is None and chosen("periodic", steps=3) is not None
-    assert all(chosen(name) for name in ("random", "consistency", "confidence", "history-drift", "learned", "oracle"))
+def test_policies_that_mean_nothing_say_why(made):
+    assert asked_of(made, "invalid-count") == "no list lacks a candidate"
+    assert asked_of(made, "periodic") == "one step has no period"
+    others = ("random", "consistency", "confidence", "history-drift", "learned", "oracle", "never", "always")
+    assert not any(isinstance(asked_of(made, name), str) for name in others)
+    assert not isinstance(asked_of(made, "periodic", steps=3), str)
+
+
+def lacking(made):
+    """The same with lists that lack candidates."""
+    timeline, device, lists = made
+    return timeline, device, Lists(lists.items.masked_fill(lists.items % 5 == 0, 0), lists.score, lists.index)
 
 
 def test_missing_candidates_are_counted(made):
-    timeline, device, lists = made
-    some = Lists(lists.items.masked_fill(lists.items % 5 == 0, 0), lists.score, lists.index)
-    step = replay_of((timeline, device, some), 1).first()
+    step = replay_of(lacking(made), 1).first()
     assert torch.equal(signal_of(step, "invalid-count"), (step.items == 0).sum(dim=1).float())
     assert bool((step.rank(BOTH)[step.target % 5 == 0] == -1).all())
+
+
+def test_a_policy_set_on_lists_that_lack_candidates_stands_lists_that_lack_none(made):
+    asks = asked_of(lacking(made), "invalid-count")
+    assert replay_of(made).run(asks.policy, BOTH).rate == 0
+
+
+def test_users_of_the_authors_code_ask_in_groups(made):
+    asks = asked_of(made, "consistency", rate=0.5, measure="code")
+    asked = replay_of(made, 1, "valid").run(asks.policy, BOTH).asked[:, 0]
+    groups = [bool(part[0]) for part in asked.split(16)]
+    assert all(bool((part == part[0]).all()) for part in asked.split(16)) and len(set(groups)) == 2
 
 
 def test_drift_is_how_far_the_devices_vectors_have_moved(made):
@@ -200,7 +255,7 @@ def test_what_a_user_has_met_is_no_candidate_if_seen_items_are_masked(made):
 
 def test_the_fusion_is_the_best_of_its_curve(made):
     replay = replay_of(made, 1, "valid")
-    chosen = best_fusion(replay, Settings(), "NDCG@5")
+    chosen = best_fusion(Trial(replay, 2, 1), Settings(), "NDCG@5")
     assert chosen.score == max(max(curve) for curve in chosen.curve.values())
     fusion = FUSIONS["linear"](chosen.alpha, chosen.norm)
     assert chosen.score == pytest.approx(replay.run(never, fusion).metric("NDCG", 5).mean())
@@ -209,13 +264,24 @@ def test_the_fusion_is_the_best_of_its_curve(made):
 
 
 def test_a_learned_policy_finds_a_gain_that_a_feature_tells(made):
-    replay = replay_of(made, 1, "valid")
+    trial = trial_of(made)
 
     def gain(now, fresh):
         return signal_of(now, "confidence").double()
 
-    learned = Learned(replay, BOTH, gain)
-    assert np.corrcoef(learned(replay.first()), signal_of(replay.first(), "confidence"))[0, 1] > 0.95
+    learned = Learned(trial, gain)
+    for predicted in (learned(trial.at(2)), learned.out_of_fold(trial.at(2))):
+        assert np.corrcoef(predicted, signal_of(trial.at(2), "confidence"))[0, 1] > 0.95
+
+
+def test_what_a_learned_policy_says_of_its_own_users_is_out_of_fold(made):
+    """A gain that no feature tells is fitted in sample, and not out of it."""
+    trial, noise = trial_of(made), torch.randn(len(made[0].users), generator=torch.Generator().manual_seed(0)).double()
+    learned = Learned(trial, lambda now, fresh: noise)
+    within, beyond = (
+        np.corrcoef(predicted, noise)[0, 1] for predicted in (learned(trial.at(2)), learned.out_of_fold(trial.at(2)))
+    )
+    assert within > 0.1 > beyond
 
 
 def test_costs_are_those_of_the_requests(made):

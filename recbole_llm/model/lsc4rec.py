@@ -5,132 +5,35 @@ Paper: Lv et al., "Collaboration of Large Language Models and Small Recommendati
 
 Differs from the authors' code: the cloud and the first two phases see historical rows only (timeline.py says what that is), training
 lists are as stale as those at inference, every choice is made on validation, and requests are decided per user. `lsc_mode: code` brings
-their losses, data windows, hard negatives, fusion and batch-wise score back. The full text of the paper was not at hand.
+back their losses, real-time data in the first phase, training lists (fresh, with the target, digit negatives), fusion, and one decision per
+16 users at a threshold from test scores. It does not bring back their three-target windows and random starts, their fixed numbers of
+epochs, trained padding, invalid ids, or the order in which their budget of requests is spent. The full text of the paper was not at hand.
 """
 
 from collections import OrderedDict
-from dataclasses import dataclass, fields
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from recbole.model.abstract_recommender import SequentialRecommender
+from recbole.model.abstract_recommender import AbstractRecommender, SequentialRecommender
 from recbole.utils import InputType, get_model
 from torch import Tensor
 
 from recbole_llm.checkpoint import config_from_settings, read_checkpoint, settings_of
 from recbole_llm.cloud import Cloud, Elsewhere, Lists, most_recent, proposed
-from recbole_llm.collaboration import FUSIONS, POLICIES, Costs, best_fusion, policy_of
-from recbole_llm.config import check_range, check_topk, choice, role_config
+from recbole_llm.collaboration import FUSIONS, Costs, Trial, best_fusion, policy_of
+from recbole_llm.config import check_topk, role_config
 from recbole_llm.device import Device, draw_by_token
 from recbole_llm.evaluation import POINTER
 from recbole_llm.loaders import cut_to
-from recbole_llm.phases import PHASES, Phases
-from recbole_llm.replay import MEASURES, AtHand, Outcome, Replay
-from recbole_llm.request import NORMS, Network, places
+from recbole_llm.phases import Phases
+from recbole_llm.replay import AtHand, Outcome, Replay
+from recbole_llm.request import places
 from recbole_llm.teacher import sample_of_rows
+from recbole_llm.terms import Collaboration
 from recbole_llm.timeline import REAL_TIME, Timeline
 from recbole_llm.trainer import SequenceTrainer
-
-CHOICES = {
-    "independent_loss": ("softmax", "bce"),
-    "independent_data": ("history", "real_time"),
-    "cooperative_loss": ("listwise", "bce"),
-    "hard": ("random", "popular", "device", "digits"),
-    "inject": ("always", "never"),
-    "fusion": tuple(FUSIONS),
-    "norm": ("auto", *NORMS),
-    "measure": tuple(MEASURES),
-    "threshold": ("valid", "test"),
-    "evaluation": ("static", "stream"),
-    "policy": POLICIES,
-    "device_size": ("small", "recbole"),
-    "upload": ("delta", "stateless"),
-}
-RANGES = {
-    "steps": (1, None), "lag": (0, None), "candidates": (1, None), "users": (0, None), "independent_epochs": (1, None),
-    "cooperative_epochs": (1, None), "retrain_epochs": (1, None), "stopping_step": (0, None), "cooperative_rate": (0.0, None),
-    "retrain_rate": (0.0, None), "negatives": (1, None), "list": (2, None), "list_cloud": (0, None), "list_lag": (0, None),
-    "list_rows": (0, None), "base_weight": (0.0, None), "replay": (0.0, None), "rate": (0.0, 1.0), "rtt_ms": (0.0, None),
-    "up_mbps": (1e-9, None), "down_mbps": (1e-9, None), "id_bytes": (0, None), "score_bytes": (0, None), "header_bytes": (0, None),
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Collaboration:
-    """How cloud and device work together: the settings `lsc_*` after the mode has filled the empty ones."""
-
-    phases: tuple[str, ...]
-    evaluation: str
-    steps: int
-    lag: int
-    candidates: int
-    users: int
-    independent_loss: str
-    independent_data: str
-    cooperative_loss: str
-    independent_epochs: int
-    cooperative_epochs: int
-    retrain_epochs: int
-    stopping_step: int
-    cooperative_rate: float
-    retrain_rate: float
-    negatives: int
-    list: int
-    list_cloud: int
-    list_lag: int
-    list_rows: int
-    inject: str
-    hard: str
-    base_weight: float
-    keep_better: bool
-    replay: float
-    fusion: str
-    norm: str
-    alpha: float | None
-    policy: str
-    rate: float
-    rates: tuple[float, ...]
-    measure: str
-    threshold: str
-    device_size: str
-    upload: str
-    rtt_ms: float
-    up_mbps: float
-    down_mbps: float
-    id_bytes: int
-    score_bytes: int
-    header_bytes: int
-
-    @classmethod
-    def from_config(cls, config: Any) -> "Collaboration":
-        """Read `lsc_*`; raises ValueError for a value that a setting cannot have."""
-        mode = config["lsc_modes"][choice(config, "lsc_mode", config["lsc_modes"])]
-        given = {field.name: config[f"lsc_{field.name}"] for field in fields(cls)}
-        merged = {name: mode.get(name) if value is None else value for name, value in given.items()}
-        if merged["list_lag"] == "lag":
-            merged["list_lag"] = merged["lag"]
-        named = {f"lsc_{name}": value for name, value in merged.items()}
-        for name, allowed in CHOICES.items():
-            choice(named, f"lsc_{name}", allowed)
-        for name, (least, most) in RANGES.items():
-            check_range(named, f"lsc_{name}", least, most)
-        if merged["alpha"] is not None:
-            check_range(named, "lsc_alpha", 0.0, 1.0)
-        for rate in merged["rates"]:
-            check_range({"lsc_rates": rate}, "lsc_rates", 0.0, 1.0)
-        for phase in merged["phases"]:
-            choice({"lsc_phases": phase}, "lsc_phases", PHASES)
-        phases = tuple(phase for phase in PHASES if phase in merged["phases"])
-        if merged["evaluation"] == "static":
-            merged["steps"] = 1
-        return cls(**merged | {"phases": phases, "rates": tuple(sorted(merged["rates"]))})
-
-    @property
-    def network(self) -> Network:
-        """What a contact costs."""
-        return Network(**{field.name: getattr(self, field.name) for field in fields(Network)})
 
 
 def cloud_config(config: Any) -> Any:
@@ -268,6 +171,7 @@ class LSC4RecTrainer(SequenceTrainer):
         self.cloud: Cloud | None = None
         self.phases: Phases | None = None
         self._replays: dict[str, Replay] = {}
+        self._trials: dict[str, Trial] = {}
         self.outcome: Outcome | None = None
 
     def refuse_early(self, eval_data) -> None:
@@ -278,6 +182,21 @@ class LSC4RecTrainer(SequenceTrainer):
             raise ValueError(
                 f"eval_args={self.config['eval_args']}: LSC4Rec cuts every user's interactions itself; there is split: {{LS: "
                 "valid_and_test}} with mode full. Set eval_args."
+            )
+        scorer, config = self.model.scorer, self.config
+        if self.settings.hard == "device" and not scorer.ranks_all:
+            raise ValueError(
+                f"lsc_hard=device: {config['device_model']} scores one item at a time, so its best wrong items are not to be had; there is "
+                "random, popular and digits. Set lsc_hard."
+            )
+        if self.settings.policy == "history-drift" and scorer.item_vectors() is None:
+            raise ValueError(
+                f"lsc_policy=history-drift: {config['device_model']} has no item vectors; there is consistency, say. Set lsc_policy."
+            )
+        if get_model(config["cloud"]).full_sort_predict is AbstractRecommender.full_sort_predict:
+            raise ValueError(
+                f"cloud={config['cloud']}: scores one item at a time, and a cloud has to choose among all; there is LiteLLM4Rec, P5, "
+                "BIGRec and SASRec, say. Set cloud."
             )
         if eval_data:
             self._know(eval_data)
@@ -302,23 +221,18 @@ class LSC4RecTrainer(SequenceTrainer):
         return sample_of_rows(len(self.timeline.users), self.settings.users, self.config["cloud_seed"])
 
     def targets(self, part: str) -> Tensor:
-        """Positions that are shown at the end (`test`) or before it (`valid`), step by step [u, S]."""
+        """Positions that are shown at the end (`test` [u, S]) or validated on (`valid` [u, 1])."""
         timeline = self.timeline
-        if part == "test":
-            return timeline.shown[self.chosen]
-        steps = min(self.settings.steps, REAL_TIME + 1)
-        return (timeline.valid.unsqueeze(1) + torch.arange(1 - steps, 1))[self.chosen]
+        return (timeline.shown if part == "test" else timeline.valid.unsqueeze(1))[self.chosen]
 
     def lists(self) -> Lists:
-        """The cloud's lists for every view that a replay can have."""
+        """The cloud's lists for every view that a replay or a trial can have."""
         timeline, lag = self.timeline, self.settings.lag
-        views = []
-        for part in ("valid", "test"):
-            targets = self.targets(part)
-            views += [targets.flatten(), timeline.view(targets[:, 0], lag)]
-        positions = torch.cat(views)
+        valid, shown = self.targets("valid")[:, 0], self.targets("test")
+        ages = range(max(REAL_TIME, lag) + 1) if self.settings.steps > 1 else (0, lag)
+        views = [timeline.view(valid, age) for age in ages] + [shown.flatten(), timeline.view(shown[:, 0], lag)]
         k = min(self.settings.candidates, timeline.log.n_items - 1)
-        return self.cloud.lists(positions, k, True, f"views of {len(self.chosen)} users, on whole histories")
+        return self.cloud.lists(torch.cat(views), k, True, f"views of {len(self.chosen)} users, on whole histories")
 
     def replay(self, part: str) -> Replay:
         """The users of an evaluation, ready to be replayed with the device model as it is. Args: valid | test."""
@@ -328,6 +242,17 @@ class LSC4RecTrainer(SequenceTrainer):
             masks = self.seen_items == "mask"
             self._replays[part] = Replay(self.timeline.log, self.model.scorer, self.lists(), targets, start, masks)
         return self._replays[part]
+
+    def trial(self, part: str) -> Trial:
+        """What is chosen and calibrated on: the validation target of each user; or the first one shown, as the authors do."""
+        if part not in self._trials:
+            self._trials[part] = Trial(self.replay(part), self.settings.lag, self.settings.steps)
+        return self._trials[part]
+
+    def _forget(self) -> None:
+        """Replays hold scores of the device model as it was."""
+        self._replays.clear()
+        self._trials.clear()
 
     def fit(self, train_data, valid_data=None, verbose=True, saved=True, show_progress=False, callback_fn=None):
         """Train in phases.
@@ -350,17 +275,16 @@ class LSC4RecTrainer(SequenceTrainer):
         self._know(train_data)
         self.dataset = train_data._dataset
         model, timeline, settings = self.model, self.timeline, self.settings
-        counts = torch.bincount(timeline.log.items[timeline.train], minlength=model.n_items)
-        model.popularity.copy_(counts)
         folder = self.state_folder or Path(self.saved_model_file.removesuffix(".safetensors") + "-phases")
         make = partial(device_config, self.config)
         users = timeline.users[self.chosen]
         self.phases = Phases(settings, timeline, self.cloud, model.scorer, make, folder, valid_data, users)
+        model.popularity.copy_(self.phases.popularity)
         self.phases.run(saved, verbose, show_progress, callback_fn)
         if saved or self.cloud.checkpoint:
             model.cloud_file = str(self.cloud.file)
-        self._replays.clear()
-        self.fusions = best_fusion(self.replay("valid"), settings, self.config["valid_metric"])
+        self._forget()
+        self.fusions = best_fusion(self.trial("valid"), settings, self.config["valid_metric"])
         model.alpha, model.norm = self.fusions.alpha, self.fusions.norm
         self.logger.info(self.fusions.sentence())
         self.best_valid_score = self.fusions.score
@@ -373,9 +297,12 @@ class LSC4RecTrainer(SequenceTrainer):
         """Evaluate as RecBole does, on the users who have enough interactions, under `lsc_policy`.
 
         Returns:
-            RecBole's metrics of the last step; and over all steps `request_rate`, `candidate_recall`, `staleness`, `up_bytes`,
-            `down_bytes`, `latency_ms`, `latency_p95_ms`, and `short_lists`, the share of lists with fewer candidates than the largest
-            cut-off, which are filled up by popularity.
+            RecBole's metrics of the last step; and over all steps `request_rate`, `cloud_calls`, `candidate_recall`, `staleness`,
+            `up_bytes`, `down_bytes`, `latency_ms`, `latency_p95_ms`, and `short_lists`, the share of lists with fewer candidates than the
+            largest cut-off, which are filled up by popularity.
+
+        Raises:
+            ValueError: The policy means nothing here, or the rows are none that this evaluation knows.
         """
         self._know(eval_data)
         if load_best_model:
@@ -383,15 +310,22 @@ class LSC4RecTrainer(SequenceTrainer):
         timeline, settings = self.timeline, self.settings
         dataset = cut_to(self.config, eval_data._dataset)
         at = timeline.of_pointers(dataset.row_pointers)
-        part = "test" if bool(torch.isin(timeline.shown[:, -1], at).any()) else "valid"
-        replay = self.replay(part)
-        asks = policy_of(settings.policy, settings.rate, self.replay, self.model.fusion, settings, self.config)
-        if asks is None:
+        part = next((part for part in ("test", "valid") if bool(torch.isin(self.targets(part)[:, -1], at).any())), None)
+        if part is None:
             raise ValueError(
-                f"lsc_policy={settings.policy}: means nothing for cloud={self.config['cloud']} and lsc_evaluation="
-                f"{settings.evaluation}; there is consistency, confidence, random, never and always. Set lsc_policy."
+                "evaluate: these rows are neither the last step nor the validation target of this evaluation (in a stream RecBole's "
+                "validation rows are shown); there are the test rows. Evaluate on those, or set lsc_evaluation=static."
             )
-        self.outcome = replay.run(asks, self.model.fusion, self.config["seed"])
+        replay = self.replay(part)
+        asks = policy_of(settings.policy, settings.rate, self.trial, self.model.fusion, settings, self.config)
+        if isinstance(asks, str):
+            raise ValueError(
+                f"lsc_policy={settings.policy}: means nothing here, since {asks}; there is consistency, confidence, random, never and "
+                "always. Set lsc_policy."
+            )
+        self.outcome = replay.run(
+            asks.policy if part == "test" else asks.on_valid, self.model.fusion, self.config["seed"]
+        )
         view = torch.full((len(timeline.log.items),), -1, dtype=torch.long)
         view[replay.targets] = self.outcome.view
         self.model.at_hand = AtHand(timeline, replay, view)
@@ -401,15 +335,16 @@ class LSC4RecTrainer(SequenceTrainer):
         loader._dataset.pointer_column = POINTER
         result = super().evaluate(loader, False, None, show_progress)
         short = float((self.outcome.candidates < max(self.config["topk"])).double().mean())
-        return OrderedDict(result | self.costs().of(self.outcome, replay) | {"short_lists": short})
+        return OrderedDict(result | self.costs.of(self.outcome, replay) | {"short_lists": short})
 
     def _load(self, file: str) -> None:
         saved = read_checkpoint(file, self.device)
         self.model.load_state_dict(saved["state_dict"])
         self.model.load_other_parameter(saved["other_parameter"])
-        self._replays.clear()
+        self._forget()
         self.logger.info(f"Loading model structure and parameters from {file}")
 
+    @cached_property
     def costs(self) -> Costs:
         """What recommendations cost, with times as they are measured here."""
         replay, k = self.replay("test"), min(self.settings.candidates, self.timeline.log.n_items - 1)

@@ -1,0 +1,113 @@
+"""On which terms cloud and device work together: the settings `lsc_*`, checked, after `lsc_mode` has filled the empty ones."""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from recbole_llm.collaboration import FUSIONS, POLICIES
+from recbole_llm.config import check_range, choice
+from recbole_llm.phases import PHASES
+from recbole_llm.replay import MEASURES
+from recbole_llm.request import NORMS, Network
+
+CHOICES = {
+    "independent_loss": ("softmax", "bce"),
+    "independent_data": ("history", "real_time"),
+    "cooperative_loss": ("listwise", "bce"),
+    "hard": ("random", "popular", "device", "digits"),
+    "inject": ("always", "never"),
+    "fusion": tuple(FUSIONS),
+    "norm": ("auto", *NORMS),
+    "measure": tuple(MEASURES),
+    "threshold": ("valid", "test"),
+    "evaluation": ("static", "stream"),
+    "policy": POLICIES,
+    "device_size": ("small", "recbole"),
+    "upload": ("delta", "stateless"),
+}
+RANGES = {
+    "steps": (1, None), "lag": (0, None), "candidates": (1, None), "users": (0, None), "independent_epochs": (1, None),
+    "cooperative_epochs": (1, None), "retrain_epochs": (1, None), "stopping_step": (0, None), "cooperative_rate": (0.0, None),
+    "retrain_rate": (0.0, None), "negatives": (1, None), "list": (2, None), "list_cloud": (0, None), "list_lag": (0, None),
+    "list_rows": (0, None), "base_weight": (0.0, None), "replay": (0.0, None), "rate": (0.0, 1.0), "rtt_ms": (0.0, None),
+    "up_mbps": (1e-9, None), "down_mbps": (1e-9, None), "id_bytes": (0, None), "score_bytes": (0, None), "header_bytes": (0, None),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Collaboration:
+    """How cloud and device work together: the settings `lsc_*` after the mode has filled the empty ones."""
+
+    phases: tuple[str, ...]
+    evaluation: str
+    steps: int
+    lag: int
+    candidates: int
+    users: int
+    independent_loss: str
+    independent_data: str
+    cooperative_loss: str
+    independent_epochs: int
+    cooperative_epochs: int
+    retrain_epochs: int
+    stopping_step: int
+    cooperative_rate: float
+    retrain_rate: float
+    negatives: int
+    list: int
+    list_cloud: int
+    list_lag: int
+    list_rows: int
+    inject: str
+    hard: str
+    base_weight: float
+    keep_better: bool
+    replay: float
+    fusion: str
+    norm: str
+    alpha: float | None
+    policy: str
+    rate: float
+    rates: tuple[float, ...]
+    measure: str
+    threshold: str
+    device_size: str
+    upload: str
+    rtt_ms: float
+    up_mbps: float
+    down_mbps: float
+    id_bytes: int
+    score_bytes: int
+    header_bytes: int
+
+    @classmethod
+    def from_config(cls, config: Any) -> "Collaboration":
+        """Read `lsc_*`; raises ValueError for a value that a setting cannot have."""
+        mode = config["lsc_modes"][choice(config, "lsc_mode", config["lsc_modes"])]
+        given = {field.name: config[f"lsc_{field.name}"] for field in fields(cls)}
+        merged = {name: mode.get(name) if value is None else value for name, value in given.items()}
+        if merged["list_lag"] == "lag":
+            merged["list_lag"] = merged["lag"]
+        named = {f"lsc_{name}": value for name, value in merged.items()}
+        for name, allowed in CHOICES.items():
+            choice(named, f"lsc_{name}", allowed)
+        for name, (least, most) in RANGES.items():
+            check_range(named, f"lsc_{name}", least, most)
+        if merged["alpha"] is not None:
+            check_range(named, "lsc_alpha", 0.0, 1.0)
+        for rate in merged["rates"]:
+            check_range({"lsc_rates": rate}, "lsc_rates", 0.0, 1.0)
+        for phase in merged["phases"]:
+            choice({"lsc_phases": phase}, "lsc_phases", PHASES)
+        phases = tuple(phase for phase in PHASES if phase in merged["phases"])
+        if merged["evaluation"] == "static":
+            merged["steps"] = 1
+            if merged["policy"] == "periodic":
+                raise ValueError(
+                    "lsc_policy=periodic: means nothing in one step; there is lsc_evaluation=stream, and other policies. Set one of them."
+                )
+        return cls(**merged | {"phases": phases, "rates": tuple(sorted(merged["rates"]))})
+
+    @property
+    def network(self) -> Network:
+        """What a contact costs."""
+        return Network(**{field.name: getattr(self, field.name) for field in fields(Network)})
