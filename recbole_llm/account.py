@@ -175,6 +175,7 @@ class Accountant:
             f"Of {stale.name}, {reranking.name} and the device alone, the strongest on validation is {strongest.name} "
             f"({valid[strongest.name]:.4f} there).",
             self._difference(both, strongest),
+            self._difference(fresh, strongest),
             self._difference(fresh, both),
             *self._bounds(replay),
             *self._kept_sentences(rows),

@@ -233,8 +233,17 @@ class Elsewhere:
         return Elsewhere(self.dataset)
 
     def cloud(self, file: str) -> Any:
-        """The cloud whose checkpoint is a file, loaded at its first list."""
+        """The cloud whose checkpoint is a file, loaded at its first list.
+
+        Raises:
+            FileNotFoundError: It is not there.
+        """
         if self._cloud is None or self._cloud[0] != file:
+            if not Path(file).is_file():
+                raise FileNotFoundError(
+                    f"cloud_file={file}: the cloud that this model asks is not there. Set the model's cloud_file to where it is now, or "
+                    "put it back; until then its device_model ranks alone."
+                )
             saved = read_checkpoint(file)
             config = saved["config"]
             model = get_model(config["model"])(config, self.dataset).to(config["device"])

@@ -195,7 +195,7 @@ def best_fusion(trial: Trial, settings: Any, valid_metric: str) -> Fusions:
 class Learned:
     """A policy that predicts from a step's features how much a request would bring; a ridge regression on validation targets.
 
-    Its threshold, and what is said of it on validation, rest on predictions for users that were not fitted on (`out_of_fold`).
+    What is said of it on validation rests on predictions for users that were not fitted on (`out_of_fold`).
 
     Args:
         trial: Of validation targets.
@@ -268,8 +268,9 @@ def policy_of(
         return Asks(free[name], free[name])
     if name == "learned":
         learned = Learned(trial, gain, seed)
-        threshold = trial.threshold(learned.out_of_fold, rate)
-        return Asks(by_signal(learned, threshold), by_signal(learned.out_of_fold, threshold))
+        # models of half and of all users are not equally bold, so each has a threshold of its own
+        signals = (learned, learned.out_of_fold)
+        return Asks(*(by_signal(signal, trial.threshold(signal, rate)) for signal in signals))
     signal = partial(SIGNALS[name], measure=settings.measure)
     if name == "history-drift" and trial.fresh.moved is None:
         return "the device has no item vectors"

@@ -181,7 +181,7 @@ def compared(ours: Sequence[Path], theirs: Sequence[Path]) -> str:
             "valid_metric and run anew."
         )
     for folders in (ours, theirs):
-        _refuse_other_than_seeds([chosen[folder] for folder in folders], folders)
+        refuse_other_than_seeds([chosen[folder] for folder in folders], folders)
     groups = [[lines[folder] for folder in folders] for folders in (ours, theirs)]
     names = [f"{name.lower()}@{cut}" for cut in first["topk"] for name in first["metrics"]]
     means = []
@@ -191,7 +191,7 @@ def compared(ours: Sequence[Path], theirs: Sequence[Path]) -> str:
     return f"{draw(['model', 'seeds', *names], means)}\n{gain_sentence(*groups, metric, int(k))}"
 
 
-def _refuse_other_than_seeds(settings: Sequence[dict[str, Any]], folders: Sequence[Path]) -> None:
+def refuse_other_than_seeds(settings: Sequence[dict[str, Any]], folders: Sequence[Path]) -> None:
     """Refuse runs that are not one model under different seeds. Raises: ValueError."""
     first = settings[0]
     for folder, other in zip(folders[1:], settings[1:], strict=True):
@@ -215,6 +215,7 @@ OF_A_MACHINE = (
     "show_progress",
     "state",
     "resume",
+    "device_settings",  # made of the other settings
 )
 SAME = (
     "dataset", "eval_args", "seen_items", "topk", "metrics", "valid_metric", "val_interval", "user_inter_num_interval",

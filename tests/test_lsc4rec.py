@@ -22,6 +22,7 @@ from recbole_llm.phases import PhaseTrainer, digit_neighbours, list_loss
 from recbole_llm.quick_start import run_recbole_llm
 from recbole_llm.recommend import load_recommender
 from recbole_llm.report import row_metric
+from recbole_llm.seeds import together
 from recbole_llm.terms import Collaboration
 from tests.pipelines import ring_settings
 from tests.small_logs import random_log, write_log
@@ -482,6 +483,23 @@ def test_a_run_writes_its_account_and_pictures_and_is_taken_from_its_folder(sour
     assert all(line.cached for line in again["lines"])
 
 
+def test_runs_of_several_seeds_are_one_table(source):
+    settings = SMALL | {"data_path": str(source), "lsc_rates": [0.5]}
+    folders = [
+        pathlib.Path(run_recbole_llm("LSC4Rec", "log", config_dict=settings | {"seed": seed})["folder"])
+        for seed in (1, 2)
+    ]
+    text = together(folders)
+    assert "2 seeds, 38 users" in text and "| random" in text and " ±" in text
+    assert "both (LSC4Rec), never asked against SASRec alone, whole catalogue, after phase retrain, ndcg@5: " in text
+    scores = [Account.load(folder).lines[0].metrics["ndcg@5"] for folder in folders]
+    assert f"{np.mean(scores):.4f} ±{np.std(scores, ddof=1):.4f}" in text
+    with pytest.raises(ValueError, match="a seed stands twice"):
+        together([folders[0], folders[0]])
+    with pytest.raises(ValueError, match="nowhere: no finished run of LSC4Rec there"):
+        together([pathlib.Path("nowhere")])
+
+
 def test_a_saved_model_works_without_the_data(source, monkeypatch):
     """The cloud must be there; the atomic files need not."""
     run = fitted(source)
@@ -493,6 +511,16 @@ def test_a_saved_model_works_without_the_data(source, monkeypatch):
         assert torch.equal(recommender.model.full_sort_predict(batch), expected)
     finally:
         moved.rename(source)
+
+
+def test_a_cloud_that_was_moved_away_is_named(source):
+    run = fitted(source)
+    recommender = load_recommender(run.trainer.saved_model_file)
+    recommender.model.cloud_file = "elsewhere.safetensors"
+    with pytest.raises(
+        FileNotFoundError, match="cloud_file=elsewhere.safetensors: the cloud that this model asks is not there"
+    ):
+        recommender.recommend([recommender.tokens[1], recommender.tokens[2]], k=3)
 
 
 def test_a_finished_phase_is_a_checkpoint_of_the_device_model(source):

@@ -55,6 +55,16 @@ def test_bigrec_alone_learns_to_answer_with_titles():
     assert set(line["metrics"]) == {f"{metric}@{k}" for metric in ("recall", "ndcg", "mrr") for k in (10, 20)}
 
 
+def test_a_cloud_llm_and_a_device_model_work_together():
+    epochs = ["--cloud_epochs=2", "--lsc_independent_epochs=8", "--lsc_cooperative_epochs=2", "--lsc_retrain_epochs=2"]
+    said = command("--model=LSC4Rec", "--dataset=ml-100k", "--lsc_users=300", *epochs)
+    assert "all-MiniLM-L6-v2" in said and "Fusion: alpha=" in said and "| history-drift" in said
+    lines = {line["name"]: line["metrics"]["recall@20"] for line in results()}
+    # a list of 50 of 1,682 has the target among its first 20 for more than 20 / 1682 of the users
+    assert all(recall > 0.03 for recall in lines.values()), lines
+    assert len(list(Path("saved/runs").glob("LSC4Rec-*/rate.png"))) == 1
+
+
 def test_stock_model_under_our_runner():
     said = command(
         "--model=SASRec", "--dataset=ml-100k", "--epochs=2", "--hidden_dropout_prob=0.2", "--attn_dropout_prob=0.2"
