@@ -130,6 +130,6 @@ def _html(picture: Picture, file: Path) -> Path:
             x=list(curve.x), y=list(curve.y), name=curve.name, mode="lines+markers", line=line, error_y=error
         )
     figure.update_layout(title=picture.title, xaxis_title=picture.x, yaxis_title=picture.y, template="plotly_white")
-    # the script travels inside the page, so that it opens without a network
-    figure.write_html(file, include_plotlyjs=True)
+    # the script lies beside the pages, once, so that they open without a network
+    figure.write_html(file, include_plotlyjs="directory")
     return file

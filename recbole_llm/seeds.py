@@ -84,7 +84,10 @@ def main() -> None:
     """The command: accounts of several seeds."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("folders", nargs="+", type=Path, help="run folders of LSC4Rec, one per seed")
-    print(together(parser.parse_args().folders))
+    try:
+        print(together(parser.parse_args().folders))
+    except ValueError as error:
+        parser.exit(2, f"{error}\n")
 
 
 if __name__ == "__main__":
