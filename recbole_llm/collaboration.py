@@ -44,10 +44,11 @@ FOLDS = 2
 
 
 class Trial:
-    """What would come of S steps, told from one target of each user with lists of every age.
+    """What would come of S steps, estimated from one target of each user with lists of several ages.
 
     The age of a list grows by one with every step, and is 1 after a request. Which share of the users has which age at a step follows
-    from how many ask at each age; so the rate of requests and the quality of a stream are known before any of it has happened.
+    from how many ask at each age, as if users were dealt anew at every step: those who want to ask seldom keep doing so, so a stream asks
+    less than it is set to. Lists older than `oldest` are taken as that old, which flatters policies that let lists grow old.
 
     Args:
         replay: Whose first targets are looked at.
