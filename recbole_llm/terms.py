@@ -87,6 +87,8 @@ class Collaboration:
         merged = {name: mode.get(name) if value is None else value for name, value in given.items()}
         if merged["list_lag"] == "lag":
             merged["list_lag"] = merged["lag"]
+        for name in ("rates", "phases"):  # one of them alone needs no brackets
+            merged[name] = merged[name] if isinstance(merged[name], list | tuple) else [merged[name]]
         named = {f"lsc_{name}": value for name, value in merged.items()}
         for name, allowed in CHOICES.items():
             choice(named, f"lsc_{name}", allowed)
@@ -94,6 +96,10 @@ class Collaboration:
             check_range(named, f"lsc_{name}", least, most)
         if merged["alpha"] is not None:
             check_range(named, "lsc_alpha", 0.0, 1.0)
+        if merged["fusion"] == "code" and (merged["alpha"] is not None or merged["norm"] != "auto"):
+            raise ValueError(
+                "lsc_fusion=code: has neither an alpha nor a scale; there is lsc_fusion=linear. Set it, or neither lsc_alpha nor lsc_norm."
+            )
         for rate in merged["rates"]:
             check_range({"lsc_rates": rate}, "lsc_rates", 0.0, 1.0)
         for phase in merged["phases"]:

@@ -252,6 +252,7 @@ def test_a_cloud_of_the_historical_rows_is_taken(source):
         ({"lsc_rate": 1.5}, "lsc_rate=1.5: not possible; there is numbers from 0.0 to 1.0"),
         ({"lsc_rates": [0.1, 2.0]}, "lsc_rates=2.0: not possible"),
         ({"lsc_alpha": -1.0}, "lsc_alpha=-1.0: not possible"),
+        ({"lsc_fusion": "code", "lsc_alpha": 0.9}, "lsc_fusion=code: has neither an alpha nor a scale"),
         ({"lsc_lag": -1}, "lsc_lag=-1: not possible; there is whole numbers from 0 upwards"),
         ({"lsc_phases": ["cooperate"]}, "lsc_phases=cooperate: no such choice; did you mean 'cooperative'"),
         ({"lsc_measure": "kendall"}, "lsc_measure=kendall: no such choice"),
@@ -445,6 +446,11 @@ def test_users_with_too_few_interactions_are_named(source, caplog):
     assert left_out > 0 and f"{left_out} users have fewer than the 7 interactions" in caplog.text
     run.trainer.evaluate(run.data[2])
     assert len(run.trainer.evaluated_rows) == 41 - left_out
+
+
+def test_one_rate_and_one_phase_need_no_brackets(source):
+    settings = prepared(source, lsc_rates=0.2, lsc_phases="independent").model.settings
+    assert settings.rates == (0.2,) and settings.phases == ("independent",)
 
 
 def test_modes_fill_every_empty_setting(source):
