@@ -14,8 +14,10 @@ from torch import Tensor
 
 from recbole_llm.artifacts import read_json, write_json
 from recbole_llm.collaboration import ALPHAS, POLICIES, policy_of
-from recbole_llm.replay import Fusion, Replay, always, mean_over, never
+from recbole_llm.policies import always, never
+from recbole_llm.replay import Fusion, Replay, mean_over
 from recbole_llm.report import Line, draw, half_width, paired_gain, row_metric
+from recbole_llm.request import LOWEST
 
 RANDOM_SEEDS = 5
 DRAWS = 1000
@@ -31,8 +33,8 @@ class Row:
         score: The metric on the test steps, mean over users.
         half: Half of its 95 % interval.
         kept: Share of the gain of always asking, its 95 % interval; nan where there is no gain to share.
-        valid: The metric on the validation steps.
-        valid_rate: Requests per recommendation there.
+        valid: The metric that is expected on the validation targets.
+        valid_rate: Requests per recommendation that are expected there.
         costs: What `Costs.of` says, the request rate among it.
     """
 
@@ -145,8 +147,8 @@ class Accountant:
     def draw_up(self) -> Account:
         """Replay everything, on validation and on test steps."""
         replay = self.trainer.replay("test")
-        cloud_order: Fusion = lambda cloud, device, there: cloud.masked_fill(~there, float("-inf"))  # noqa: E731
-        device_order: Fusion = lambda cloud, device, there: device.masked_fill(~there, float("-inf"))  # noqa: E731
+        cloud_order: Fusion = lambda cloud, device, there: cloud.masked_fill(~there, LOWEST)  # noqa: E731
+        device_order: Fusion = lambda cloud, device, there: device.masked_fill(cloud == LOWEST, LOWEST)  # noqa: E731
         cloud, device = self.config["cloud"], self.config["device_model"]
         views = "as stale as a view can be" if replay.steps > 1 else f"{self.settings.lag} interactions behind"
         orders = {
@@ -185,7 +187,9 @@ class Accountant:
         if not alone:
             sentences.append(f"{device} alone on the whole catalogue: n/a, it scores one item at a time.")
         fusions = self.trainer.fusions
-        chosen = {"alpha": fusions.alpha, "norm": fusions.norm, "metric": self.config["valid_metric"]}
+        code = self.settings.fusion == "code"
+        chosen = {"alpha": None if code else fusions.alpha, "norm": None if code else fusions.norm}
+        chosen |= {"metric": self.config["valid_metric"]}
         chosen |= {
             "device_ms": self.costs.device_ms,
             "cloud_ms": self.costs.cloud_ms,
@@ -225,18 +229,17 @@ class Accountant:
     def _alone(self, replay: Replay) -> tuple[list[Line], dict[str, float]]:
         """The device on the whole catalogue, after each phase: lines, and the metric on validation; none for models of single items."""
         phases, log, scorer = self.trainer.phases, replay.log, self.trainer.model.scorer
-        seen = self.trainer.timeline.seen if replay.mask_seen else None
         lines, valid = [], {}
         last = {name: value.clone() for name, value in scorer.model.state_dict().items()}
         for phase in phases.weights:
             phases.load(phase)
-            rank = scorer.rank_of(log, replay.targets.flatten(), seen)
+            rank = scorer.rank_of(log, replay.targets.flatten(), replay.seen)
             if rank is None:
                 break
             name = f"{self.config['device_model']} alone, whole catalogue, after phase {phase}"
             lines.append(self._line(name, rank))
             lines[-1].seconds["train"] = phases.seconds.get(phase)
-            own = scorer.rank_of(log, self.trainer.replay("valid").targets.flatten(), seen)
+            own = scorer.rank_of(log, self.trainer.replay("valid").targets.flatten(), replay.seen)
             valid[name] = float(row_metric(own.tolist(), self.metric, self.k).mean())
         scorer.model.load_state_dict(last)
         return lines, valid
@@ -255,10 +258,7 @@ class Accountant:
                     break
                 seeds = range(RANDOM_SEEDS) if name == "random" else [self.config["seed"]]
                 outcomes = [replay.run(asks.policy, self.fusion, seed) for seed in seeds]
-                valid = [
-                    self.trainer.trial("valid").run(asks.on_valid, self.fusion, self.metric, self.k, seed)
-                    for seed in seeds
-                ]
+                valid_rate, valid = self.trainer.trial("valid").run(asks.on_valid, self.fusion, self.metric, self.k)
                 users = mean_over(outcomes, self.metric, self.k)
                 asked = np.mean([outcome.asked.float().mean(dim=1).numpy() for outcome in outcomes], axis=0)
                 points.append((asked, users))
@@ -270,8 +270,8 @@ class Accountant:
                         float(users.mean()),
                         half_width(users),
                         share_kept(users, base, most),
-                        float(np.mean([own.mean() for _, own in valid])),
-                        float(np.mean([own for own, _ in valid])),
+                        float(valid.mean()),
+                        valid_rate,
                         {key: float(np.mean([cost[key] for cost in costs])) for key in costs[0]},
                     )
                 )
@@ -320,10 +320,18 @@ class Accountant:
             name: float(replay.run(asks, self.fusion).in_list.double().mean())
             for name, asks in (("stale", never), ("fresh", always))
         }
-        k = replay.lists.items.shape[1]
-        return [
-            f"The target is among the {k} candidates in {recall['stale']:.1%} of stale and {recall['fresh']:.1%} of fresh lists."
+        own = f" and the device's own {replay.own}" if replay.own else ""
+        bounds = [
+            f"The target is among the {replay.lists.items.shape[1]} candidates{own} in {recall['stale']:.1%} of stale and "
+            f"{recall['fresh']:.1%} of fresh lists."
         ]
+        oldest = self.trainer.trial("valid").oldest
+        if replay.steps > 1:
+            bounds.append(
+                f"On validation, lists that are more than {oldest} interactions old are taken as {oldest} old, since the cloud was trained "
+                "on what came next after older ones."
+            )
+        return bounds
 
     def _area_sentences(self, areas: dict[str, tuple[float, float, float]]) -> list[str]:
         metric = self.config["valid_metric"].lower()
@@ -337,9 +345,10 @@ class Accountant:
         k = replay.lists.items.shape[1]
         one = network.header_bytes + k * (network.id_bytes + network.score_bytes)
         size, threads = costs.device_bytes, torch.get_num_threads()
+        besides = f", and finds its own {replay.own} in the whole catalogue," if replay.own else ""
         return [
-            f"The device model has {size / 1e6:.2f} MB and re-ranks {k} candidates in {costs.device_ms:.2f} ms (median); the cloud takes "
-            f"{costs.cloud_ms:.1f} ms a list, {threads} threads. Sent once after a re-training, the model is "
+            f"The device model has {size / 1e6:.2f} MB and re-ranks {k} candidates{besides} in {costs.device_ms:.2f} ms (median); the "
+            f"cloud takes {costs.cloud_ms:.1f} ms a list, {threads} threads. Sent once after a re-training, the model is "
             f"{size / replay.steps:,.0f} bytes a recommendation, as much as {size / max(1, one):,.0f} lists. "
             f"A user's first list, {one} bytes, is a call and no request."
         ]

@@ -14,21 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from recbole_llm.replay import (
-    SIGNALS,
-    Fusion,
-    Outcome,
-    Policy,
-    Replay,
-    Step,
-    always,
-    at_random,
-    by_signal,
-    gain_of,
-    never,
-    oracle,
-    periodically,
-)
+from recbole_llm.policies import SIGNALS, always, at_random, by_signal, gain_of, never, oracle, periodically
+from recbole_llm.replay import Fusion, Outcome, Policy, Replay, Step
 from recbole_llm.report import row_metric
 from recbole_llm.request import CODE_GROUP, NORMS, Network, Threshold, code_fusion, fused
 from recbole_llm.timeline import REAL_TIME
@@ -44,11 +31,11 @@ FOLDS = 2
 
 
 class Trial:
-    """What would come of S steps, estimated from one target of each user with lists of several ages.
+    """What is expected of S steps, from one target of each user with lists of several ages.
 
-    The age of a list grows by one with every step, and is 1 after a request. Which share of the users has which age at a step follows
-    from how many ask at each age, as if users were dealt anew at every step: those who want to ask seldom keep doing so, so a stream asks
-    less than it is set to. Lists older than `oldest` are taken as that old, which flatters policies that let lists grow old.
+    The age of a list grows by one with every step, and is 1 after a request; of every user it is known with which probability the list
+    has which age. Lists older than `oldest` are taken as that old, which flatters policies that let lists grow old; what a device knows
+    of their age and of the drift since is as it would be.
 
     Args:
         replay: Whose first targets are looked at.
@@ -63,7 +50,7 @@ class Trial:
     @property
     def ages(self) -> list[int]:
         """Ages that a list can have."""
-        return [self.lag] if self.steps == 1 else list(range(1, self.lag + self.steps))
+        return [self.lag] if self.steps == 1 else sorted({self.lag, *range(1, self.lag + self.steps)})
 
     @property
     def oldest(self) -> int:
@@ -81,52 +68,55 @@ class Trial:
             self._aged[age] = self.replay.aged(age, min(age, self.oldest))
         return self._aged[age]
 
-    def over_ages(self, at_age: Callable[[int], tuple[float, Any]]) -> tuple[float, Any]:
-        """Requests per recommendation, and a mean over S steps.
+    def walk(self, chance: Callable[[int, int], Tensor]) -> dict[int, tuple[Tensor, Tensor]]:
+        """How often a list of each age is at hand, and how often the cloud is asked then: age -> two sums over the steps [U].
 
         Args:
-            at_age: Age -> the share of users who ask, and what is averaged.
+            chance: (age, number of the step) -> probability that each user asks [U].
         """
-        share, rate, total = {self.lag: 1.0}, 0.0, 0.0
-        known: dict[int, tuple[float, Any]] = {}
-        for _ in range(self.steps):
-            later: dict[int, float] = defaultdict(float)
+        share = {self.lag: torch.ones(len(self.replay.targets))}
+        found: dict[int, tuple[Tensor, Tensor]] = {}
+        for number in range(self.steps):
+            later: dict[int, Tensor] = defaultdict(lambda: torch.zeros(len(self.replay.targets)))
             for age, part in share.items():
-                if age not in known:
-                    known[age] = at_age(age)
-                asks, value = known[age]
-                rate, total = rate + part * asks, total + part * value
-                later[1] += part * asks
-                later[age + 1] += part * (1 - asks)
-            share = {age: part for age, part in later.items() if part}
+                asks = part * chance(age, number) * (age > 0)
+                there, asked = found.get(age, (0.0, 0.0))
+                found[age] = there + part, asked + asks
+                later[1] += asks
+                later[age + 1] += part - asks
+            share = {age: part for age, part in later.items() if bool(part.any())}
+        return found
+
+    def run(self, policy: Policy, fusion: Fusion, metric: str, k: int) -> tuple[float, np.ndarray]:
+        """Requests per recommendation under a policy, and the metric of each user [U], as expected."""
+        known: dict[tuple[int, int], Tensor] = {}
+
+        def chance(age: int, number: int) -> Tensor:
+            key = age, number if policy.by_number else 0
+            if key not in known:
+                known[key] = policy.chance(self.at(age), self.fresh, number)
+            return known[key]
+
+        def value(step: Step) -> np.ndarray:
+            return row_metric(step.rank(fusion).tolist(), metric, k)
+
+        best, total, rate = value(self.fresh), np.zeros(len(self.replay.targets)), 0.0
+        for age, (there, asked) in self.walk(chance).items():
+            total += asked.numpy() * best + (there - asked).numpy() * value(self.at(age))
+            rate += float(asked.mean())
         return rate / self.steps, total / self.steps
-
-    def run(self, policy: Policy, fusion: Fusion, metric: str, k: int, seed: int = 0) -> tuple[float, np.ndarray]:
-        """Requests per recommendation under a policy, and the metric of each user [U]."""
-        best = row_metric(self.fresh.rank(fusion).tolist(), metric, k)
-
-        def at_age(age: int) -> tuple[float, np.ndarray]:
-            now = self.at(age)
-            asked = policy(now, self.fresh, torch.Generator().manual_seed(seed + age)) & (age > 0)
-            own = row_metric(now.rank(fusion).tolist(), metric, k)
-            return float(asked.float().mean()), np.where(asked.numpy(), best, own)
-
-        return self.over_ages(at_age)
 
     def threshold(self, signal: Callable[[Step], Tensor], rate: float) -> Threshold:
         """The threshold under which a share `rate` of recommendations asks; with one step the quantile of the signals."""
         signals = {age: signal(self.at(age)) for age in self.ages}
-        if self.steps == 1:
-            return Threshold.for_rate(signals[self.lag], rate)
-        pooled = torch.cat(list(signals.values()))
+        pooled = torch.cat([scores for age, scores in signals.items() if age or self.steps == 1])
+        if self.steps == 1 or rate in (0, 1):
+            return Threshold.for_rate(pooled, rate)
 
         def asks(threshold: Threshold) -> float:
-            def at_age(age: int) -> tuple[float, float]:
-                scores = signals[age] if age in signals else signal(self.at(age))
-                ties = threshold.share * float((scores == threshold.above).float().mean())
-                return float((scores > threshold.above).float().mean()) + ties, 0.0
-
-            return self.over_ages(at_age)[0]
+            chances = {age: threshold.chance(scores) for age, scores in signals.items()}
+            walked = self.walk(lambda age, number: chances[age])
+            return sum(float(asked.mean()) for _, asked in walked.values()) / self.steps
 
         low, high = 0.0, 1.0
         for _ in range(16):
@@ -268,6 +258,8 @@ def policy_of(
     if name in free:
         return Asks(free[name], free[name])
     if name == "learned":
+        if len(trial.replay.targets) < 2 * FOLDS:
+            return "too few users to learn from"
         learned = Learned(trial, gain, seed)
         # models of half and of all users are not equally bold, so each has a threshold of its own
         signals = (learned, learned.out_of_fold)

@@ -4,7 +4,7 @@ Most of RecBole's models score by the product of a state with an item table; a s
 whole catalogue, and those that read the candidate itself (DIN) for one candidate at a time.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -118,18 +118,46 @@ class Device:
             return None
         self.model.eval()
         ranks = []
-        for some in positions.split(ROWS_AT_ONCE // 4):
-            batch = self.batch(log, some)
-            scores = self.model.full_sort_predict(batch).view(len(some), -1).float()
-            scores[:, 0] = float("-inf")
-            target = batch[self.model.ITEM_ID].unsqueeze(1)
-            if seen is not None:
-                row, item = (each.to(scores.device) for each in seen(some))
-                scores[row, item] = float("-inf")
-            own = scores.gather(1, target)
+        for batch, scores in self._ranked(log, positions, seen):
+            own = scores.gather(1, batch[self.model.ITEM_ID].unsqueeze(1))
             rank = (scores > own).sum(dim=1)
             ranks.append(torch.where(own[:, 0] > float("-inf"), rank, -1).cpu())
         return torch.cat(ranks)
+
+    @torch.no_grad()
+    def best(self, log: Log, positions: Tensor, k: int, seen: Seen | None = None) -> tuple[Tensor, Tensor]:
+        """The k best of the whole catalogue at each position, and their scores, as `best_of` has them; on the CPU.
+
+        Args:
+            log: The log.
+            positions: [R].
+            k: How many.
+            seen: Gives what was met before some positions, which then is not ranked.
+        """
+        self.model.eval()
+        parts = [best_of(scores, k) for _, scores in self._ranked(log, positions, seen)]
+        items, scores = (torch.cat([each.cpu() for each in column]) for column in zip(*parts, strict=True))
+        return items, scores
+
+    def whole(self, batch: Interaction, seen: Callable[[Interaction], tuple[Tensor, Tensor]] | None = None) -> Tensor:
+        """Scores of the whole catalogue, -inf for the padding item and what was seen [B, n_items].
+
+        Args:
+            batch: B histories in the model's columns.
+            seen: Gives for a batch pairs of a row's number and an item that is not ranked there.
+        """
+        scores = self.model.full_sort_predict(batch).view(len(batch), -1).float()
+        scores[:, 0] = float("-inf")
+        if seen is not None:
+            row, item = (each.to(scores.device) for each in seen(batch))
+            scores[row, item] = float("-inf")
+        return scores
+
+    def _ranked(self, log: Log, positions: Tensor, seen: Seen | None) -> Iterator[tuple[Interaction, Tensor]]:
+        """Batches of rows, and their scores of the whole catalogue."""
+        for some in positions.split(ROWS_AT_ONCE // 4):
+            batch = self.batch(log, some)
+            yield batch, self.whole(batch, seen and (lambda _, some=some: seen(some)))
 
     def item_vectors(self) -> Tensor | None:
         """The model's own vectors of items [n_items, d]; None if it has no such table."""
@@ -140,16 +168,37 @@ class Device:
         """Bytes of its weights."""
         return sum(weight.numel() * weight.element_size() for weight in self.model.parameters())
 
-    def latency_ms(self, log: Log, position: Tensor, items: Tensor, repeats: int = 100) -> float:
-        """Median time of one re-ranking, the history included, in milliseconds. Args: position [1], items [1, K]."""
+    def latency_ms(self, log: Log, position: Tensor, items: Tensor, own: int = 0, repeats: int = 100) -> float:
+        """Median time of one re-ranking, the history included, in milliseconds.
+
+        Args:
+            log: The log.
+            position: Of the row [1].
+            items: Its list [1, K].
+            own: How many of the model's own best items of the whole catalogue are found besides.
+            repeats: How often it is measured.
+        """
         batch, items = self.batch(log, position), items.to(self.model.device)
         spent = []
         with undisturbed(self.model):
             for _ in range(repeats):
                 began = perf_counter()
                 self.scores(batch, items).cpu()
+                if own:
+                    best_of(self.whole(batch), own)[0].cpu()
                 spent.append(perf_counter() - began)
         return 1e3 * median(spent)
+
+
+def best_of(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k best items of the catalogue, fewer if it is smaller, 0 where the score is -inf, and their scores, each [B, k].
+
+    Args:
+        scores: Of the whole catalogue [B, n_items].
+        k: How many.
+    """
+    found = scores.topk(min(k, scores.shape[1] - 1), dim=1)
+    return found.indices.masked_fill(found.values == float("-inf"), 0), found.values
 
 
 def draw_by_token(model: Any, dataset: Any) -> None:

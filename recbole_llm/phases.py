@@ -32,7 +32,8 @@ from recbole_llm.device import Device
 from recbole_llm.identity import Names
 from recbole_llm.loaders import train_loader
 from recbole_llm.losses import by_popularity
-from recbole_llm.replay import Replay, never
+from recbole_llm.policies import never
+from recbole_llm.replay import Replay
 from recbole_llm.sequences import Log, Windows, windows
 from recbole_llm.teacher import is_ready, sample_of_rows, seconds_of
 from recbole_llm.timeline import REAL_TIME, Timeline
@@ -280,7 +281,7 @@ class PhaseTrainer(SequenceTrainer):
             phase.valid_lists,
             phase.valid.unsqueeze(1),
             start,
-            self.seen_items == "mask",
+            self.timeline.seen if self.seen_items == "mask" else None,
         )
         name, _, k = metric.partition("@")
         score = float(replay.run(never, lambda cloud, device, there: device).metric(name, int(k)).mean())

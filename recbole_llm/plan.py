@@ -116,6 +116,8 @@ def collaborating(config: Any, train_data: Any, rate: float) -> list[Step]:
     own, targets, items = cloud_config(config), len(timeline.train), timeline.log.n_items
     users = min(settings.users or len(timeline.users), len(timeline.users))
     views = users * (settings.steps + settings.lag + 4)
+    trains_on_lists = "cooperative" in settings.phases and settings.list_cloud > 0
+    rows = min(targets, settings.list_rows or targets) * trains_on_lists
     history = timeline.split(timeline.train)
     plan = []
     if config["cloud_checkpoint"] or teacher.is_ready(teacher.folder_of(own, history)):
@@ -128,15 +130,14 @@ def collaborating(config: Any, train_data: Any, rate: float) -> list[Step]:
             *refining(own, targets, items, rate),
         ]
     if own["prompt_lead"]:
-        rows = min(targets, settings.list_rows or targets) * ("cooperative" in settings.phases) + views
-        plan.append(writing(f"{config['cloud']} gives {rows} lists", own["llm"], rows, rate))
+        plan.append(writing(f"{config['cloud']} gives {rows + views} lists", own["llm"], rows + views, rate))
     else:
         # a view is read on its own: as much work as a window of targets, a third of it without a gradient
-        seconds = epoch_seconds(own, targets, items, rate) / 3
+        seconds = epoch_seconds(own, rows, items, rate) / 3
         seconds += epoch_seconds(own, views * own["MAX_ITEM_LIST_LENGTH"], 0, rate) / 3
         plan.append(
             Step(
-                f"{config['cloud']} gives lists for {targets} historical rows and {views} views of {users} users",
+                f"{config['cloud']} gives lists for {rows} historical rows and {views} views of {users} users",
                 seconds,
             )
         )

@@ -22,6 +22,7 @@ from recbole_llm.identity import model_folders
 from recbole_llm.item_text import check_quotes
 from recbole_llm.loaders import eval_loader
 from recbole_llm.model.dllm2rec import Distillation
+from recbole_llm.terms import AFTER_TRAINING
 from recbole_llm.trainer import SequenceTrainer, trainer_class
 
 # Settings that change what is printed or where it runs, but not what comes out.
@@ -218,14 +219,22 @@ def single(config: Config, data: Data, name: str) -> report.Line:
     return line
 
 
-def trained(config: Config, data: Data, name: str, folder: Path) -> tuple[Any, float]:
-    """A trainer whose model is trained now, or from where it was stopped, in a run's folder; and how many seconds that took."""
+def trained(config: Config, data: Data, name: str, folder: Path, stages: Path | None = None) -> tuple[Any, float]:
+    """A trainer whose model is trained now, or from where it was stopped; and how many seconds that took.
+
+    Args:
+        config: The model's.
+        data: What it is trained on.
+        name: Of the model, in the log.
+        folder: The run's.
+        stages: Where stages of the training are kept, if not in the run's folder.
+    """
     (folder / "metrics.json").unlink(missing_ok=True)  # until this training has ended, there is no result
     init_seed(config["seed"], config["reproducibility"])
     data.train.generator.manual_seed(config["seed"])  # a stage before may have drawn from it
     model = get_model(config["model"])(config, data.train._dataset).to(config["device"])
     trainer = trainer_class(config)(config, model)
-    trainer.keep_in(folder, config["resume"])
+    trainer.keep_in(folder, config["resume"], stages)
     logging.getLogger().info(f"{name}: training begins, {sum(p.numel() for p in model.parameters()):,} parameters.")
     began = perf_counter()
     trainer.fit(data.train, data.valid, show_progress=config["show_progress"])
@@ -245,7 +254,7 @@ def collaboration(config: Config, data: Data) -> tuple[list[report.Line], str]:
     if line is not None and (folder / "account.json").is_file():
         account = Account.load(folder)
         return [*account.lines, line], account.text()
-    trainer, seconds = trained(config, data, "LSC4Rec", folder)
+    trainer, seconds = trained(config, data, "LSC4Rec", folder, devices_folder(config))
     name = f"both (LSC4Rec), {config['lsc_policy']} at {config['lsc_rate']:.0%}"
     if config["lsc_evaluation"] == "stream":
         name += ", last step"
@@ -295,7 +304,21 @@ def finished(folder: Path) -> report.Line | None:
 
 
 def run_folder(config: Config) -> Path:
-    """The folder of a run: named by all that shapes its outcome, so the same command finds it again.
+    """The folder of a run: named by all that shapes its outcome, so the same command finds it again."""
+    name = config["student"] if config["distill_mode"] == "off" else config["model"]
+    return Path(config["checkpoint_dir"]) / "runs" / f"{name}-{config['dataset']}-{digest(run_identity(config), 10)}"
+
+
+def devices_folder(config: Config) -> Path:
+    """The folder of LSC4Rec's device model: named by all that shapes its training, so runs that differ in what follows share it."""
+    named = {key: value for key, value in run_identity(config).items() if key not in AFTER_TRAINING}
+    return (
+        Path(config["checkpoint_dir"]) / "devices" / f"{config['device_model']}-{config['dataset']}-{digest(named, 10)}"
+    )
+
+
+def run_identity(config: Config) -> dict[str, Any]:
+    """All that shapes the outcome of a run.
 
     That is the settings, and the content of the data files, of language models that are folders, of a given Knowledge and teacher.
     """
@@ -315,8 +338,7 @@ def run_folder(config: Config) -> Path:
                 named["taught by"] = teacher.identity(role_config(config, "teacher"), labelling=True)
     named["folders"] = model_folders(named)
     named["files"] = {file.name: file_digest(file) for file in files if file.is_file()}
-    name = config["student"] if config["distill_mode"] == "off" else config["model"]
-    return Path(config["checkpoint_dir"]) / "runs" / f"{name}-{config['dataset']}-{digest(named, 10)}"
+    return named
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Users replayed step by step: the device sees everything, the cloud what it saw at its last contact, a policy decides between them.
 
 One step with a stale view is the paper's evaluation; several are a stream, in which a request renews the list for what follows. The
-decision falls before the list is shown, and only a policy that is called an oracle looks at the target.
+decision falls before the list is shown. Beside what the cloud proposes, a device may rank the best of the whole catalogue by itself.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,32 +10,21 @@ from functools import cached_property
 
 import numpy as np
 import torch
+from recbole.data.interaction import Interaction
 from torch import Tensor
 
 from recbole_llm.cloud import Lists
-from recbole_llm.device import Device
+from recbole_llm.device import Device, Seen
+from recbole_llm.evaluation import POINTER
 from recbole_llm.report import row_metric
-from recbole_llm.request import (
-    Threshold,
-    code_score,
-    disagreement_at,
-    drift,
-    footrule,
-    places,
-    uncertainty,
-)
+from recbole_llm.request import LOWEST, disagreement_at, drawn, drift, footrule, places, uncertainty
 from recbole_llm.sequences import Log
 from recbole_llm.timeline import Timeline
 
 Fusion = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Cloud's scores, device's scores, which are candidates (each [B, K]) -> scores [B, K]."""
+"""Cloud's scores (-inf for what it did not propose), device's scores, which are candidates (each [B, K]) -> scores [B, K]."""
 RECENT = 10
 """Items of a history whose mean vector stands for the interest at the last contact."""
-MEASURES = {
-    "footrule": footrule,
-    "overlap": lambda first, second, there: disagreement_at(first, second, there, 10),
-    "code": code_score,
-}
 
 
 @dataclass
@@ -44,13 +33,12 @@ class Step:
 
     Args:
         items: The list at hand, 0 for no candidate [U, K].
-        cloud: Its scores by the cloud [U, K].
+        cloud: Its scores by the cloud, -inf for what the device alone proposes [U, K].
         device: Its scores by the device, on all that has happened [U, K].
         there: Which are candidates [U, K].
         new_items: What has happened since the last contact [U].
         moved: How far the interest has moved since [U]; None if the device has no item vectors.
         target: The item that will be met [U]; for oracles and for the account alone.
-        number: Of the step, from 0.
     """
 
     items: Tensor
@@ -60,40 +48,56 @@ class Step:
     new_items: Tensor
     moved: Tensor | None
     target: Tensor
-    number: int = 0
+
+    @property
+    def listed(self) -> Tensor:
+        """Which candidates are the cloud's [U, K]."""
+        return self.there & (self.cloud > LOWEST)
+
+    @property
+    def missing(self) -> Tensor:
+        """Slots of the cloud's list without a candidate [U]."""
+        return (~self.there & (self.cloud > LOWEST)).sum(dim=1)
 
     def rank(self, fusion: Fusion) -> Tensor:
-        """Place of the target in the fused list, from 0; -1 where it is none of the candidates [U]."""
-        place = places(fusion(self.cloud, self.device, self.there), self.there)
-        hit = (self.items == self.target.unsqueeze(1)) & self.there
+        """Place of the target in the fused list, from 0; -1 where it is no candidate, or its score is -inf [U]."""
+        scores = fusion(self.cloud, self.device, self.there)
+        shown = self.there & (scores > LOWEST)
+        place = places(scores, shown)
+        hit = (self.items == self.target.unsqueeze(1)) & shown
         return torch.where(hit.any(dim=1), (place * hit).sum(dim=1), -1)
 
     def features(self) -> np.ndarray:
         """What a learned policy decides on [U, F]."""
+        listed = self.listed
         moved = torch.zeros(len(self.items)) if self.moved is None else self.moved
         columns = [
-            footrule(self.cloud, self.device, self.there),
-            disagreement_at(self.cloud, self.device, self.there, 10),
-            disagreement_at(self.cloud, self.device, self.there, 1),
-            uncertainty(self.device, self.there),
-            uncertainty(self.cloud, self.there),
+            footrule(self.cloud, self.device, listed),
+            disagreement_at(self.cloud, self.device, listed, 10),
+            disagreement_at(self.cloud, self.device, listed, 1),
+            uncertainty(self.device, listed),
+            uncertainty(self.cloud, listed),
             moved,
-            self.new_items.float(),
-            (~self.there).sum(dim=1).float(),
+            self.new_items,
+            self.missing,
         ]
         return torch.stack([column.float() for column in columns], dim=1).numpy()
 
 
-SIGNALS: dict[str, Callable[[Step, str], Tensor]] = {
-    "consistency": lambda step, measure: MEASURES[measure](step.cloud, step.device, step.there),
-    "invalid-count": lambda step, measure: (~step.there).sum(dim=1).float(),
-    "confidence": lambda step, measure: uncertainty(step.device, step.there),
-    "history-drift": lambda step, measure: step.moved,
-}
-"""How much a device wants to ask, higher = more [U], of a step and a measure of disagreement."""
+@dataclass(frozen=True)
+class Policy:
+    """Who asks the cloud.
 
-Policy = Callable[[Step, Step, torch.Generator], Tensor]
-"""What is at hand, what a request would bring (for oracles), a source of random numbers -> who asks [U]."""
+    Args:
+        chance: (what is at hand, what a request would bring, number of the step from 0) -> probability that each user asks [U]. Only an
+            oracle looks at what would come.
+        group: Users, one after the other, who share a draw.
+        by_number: Whether the number of the step matters.
+    """
+
+    chance: Callable[[Step, Step, int], Tensor]
+    group: int = 1
+    by_number: bool = False
 
 
 @dataclass
@@ -136,12 +140,23 @@ class Replay:
         lists: The cloud's, at every position that can be a view.
         targets: Positions that are shown, step by step [U, S].
         start: What the cloud has seen before the first step: positions [U].
-        mask_seen: Whether items that the user has met before are no candidates.
+        seen: Gives what users had met before some positions, where that is no candidate.
+        own: How many of the device's own best items are candidates beside the cloud's.
     """
 
-    def __init__(self, log: Log, device: Device, lists: Lists, targets: Tensor, start: Tensor, mask_seen: bool = False):
+    def __init__(
+        self,
+        log: Log,
+        device: Device,
+        lists: Lists,
+        targets: Tensor,
+        start: Tensor,
+        seen: Seen | None = None,
+        own: int = 0,
+    ):
         self.log, self.device, self.lists = log, device, lists
-        self.targets, self.start, self.mask_seen = targets, start, mask_seen
+        self.targets, self.start, self.seen, self.own = targets, start, seen, own
+        self._own: dict[int, tuple[Tensor, Tensor]] = {}
         self._fresh: dict[int, Step] = {}
         self._stale: Step | None = None
 
@@ -168,22 +183,6 @@ class Replay:
         torch.cumsum(vectors[self.log.items].double(), 0, out=sums[1:])
         return sums
 
-    @cached_property
-    def _met(self) -> tuple[Tensor, Tensor]:
-        """Every user's every item as a number, ascending, and where in the log it was met first."""
-        log = self.log
-        user = log.user_index(torch.arange(len(log.items)))
-        key, inverse = torch.unique(user * log.n_items + log.items, return_inverse=True)
-        first = torch.full((len(key),), len(log.items), dtype=torch.long)
-        return key, first.scatter_reduce(0, inverse, torch.arange(len(log.items)), "amin")
-
-    def _seen(self, positions: Tensor, items: Tensor) -> Tensor:
-        """Which items each user had met before a position [U, K]. Args: positions [U]; items [U, K]."""
-        key, first = self._met
-        wanted = self.log.user_index(positions).unsqueeze(1) * self.log.n_items + items
-        at = torch.searchsorted(key, wanted).clamp(max=len(key) - 1)
-        return (key[at] == wanted) & (first[at] < positions.unsqueeze(1))
-
     def step(self, number: int, view: Tensor) -> Step:
         """What stands at a step if the cloud has seen the histories before some positions. Args: step; view [U]."""
         target = self.targets[:, number]
@@ -192,15 +191,25 @@ class Replay:
             scores = self.device.rerank(self.log, target, items)
         else:
             scores = self.device.of_states(self._states[:, number], items)
-        return Step(
-            items, cloud, scores, items > 0, target - view, self._moved(view, target), self.log.items[target], number
-        )
+        items, cloud, scores = self._with_own(number, items, cloud, scores)
+        moved = self._moved(view, target)
+        return Step(items, cloud, scores, items > 0, target - view, moved, self.log.items[target])
+
+    def _with_own(self, number: int, items: Tensor, cloud: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A list and the best of the catalogue by the device, which the cloud has no score of where it did not propose them."""
+        if not self.own:
+            return items, cloud, scores
+        if number not in self._own:
+            self._own[number] = self.device.best(self.log, self.targets[:, number], self.own, self.seen)
+        return with_own(items, cloud, scores, *self._own[number])
 
     def candidates(self, target: Tensor, view: Tensor) -> tuple[Tensor, Tensor]:
         """The list of each view, and the cloud's scores, at the time of a target [R, K]; a masked item is none. Args: [R], [R]."""
         items, cloud = self.lists.at(view)
-        if self.mask_seen:
-            items = items.masked_fill(self._seen(target, items), 0)
+        if self.seen is not None:
+            row, met = self.seen(target)
+            here = torch.arange(len(items)).unsqueeze(1) * self.log.n_items + items
+            items = items.masked_fill(torch.isin(here, row * self.log.n_items + met), 0)
         return items, cloud
 
     def _moved(self, view: Tensor, target: Tensor) -> Tensor | None:
@@ -232,7 +241,9 @@ class Replay:
         target = self.targets[:, 0]
         first = self.log.offsets[self.log.user_index(target)] + 1
         step = self.step(0, torch.maximum(target - view_age, first))
-        return replace(step, new_items=torch.full_like(target, age))
+        # what the device knows of an older contact is to be had
+        moved = self._moved(torch.maximum(target - age, first), target)
+        return replace(step, new_items=torch.full_like(target, age), moved=moved)
 
     def run(self, policy: Policy, fusion: Fusion, seed: int = 0) -> Outcome:
         """Replay all steps under a policy.
@@ -240,14 +251,15 @@ class Replay:
         Args:
             policy: Who asks.
             fusion: How cloud and device are one.
-            seed: Of what the policy draws.
+            seed: Of what is drawn where a policy is not sure.
         """
         generator = torch.Generator().manual_seed(seed)
         view, columns = self.start, []
         for number in range(self.steps):
             now = self.first() if number == 0 else self.step(number, view)
             fresh = self.fresh(number)
-            asked = policy(now, fresh, generator) & (now.new_items > 0)
+            chance = policy.chance(now, fresh, number)
+            asked = drawn(chance, generator, policy.group) & (now.new_items > 0)
             stale_rank, fresh_rank = now.rank(fusion), fresh.rank(fusion)
             target = self.targets[:, number]
             view = torch.where(asked, target, view)
@@ -257,67 +269,32 @@ class Replay:
         return Outcome(*(torch.stack(column, dim=1) for column in zip(*columns, strict=True)))
 
 
-def never(now: Step, fresh: Step, generator: torch.Generator) -> Tensor:
-    """Nobody asks."""
-    return torch.zeros(len(now.items), dtype=torch.bool)
-
-
-def always(now: Step, fresh: Step, generator: torch.Generator) -> Tensor:
-    """Everybody asks."""
-    return torch.ones(len(now.items), dtype=torch.bool)
-
-
-def at_random(rate: float) -> Policy:
-    """Each asks with this probability."""
-    return lambda now, fresh, generator: torch.rand(len(now.items), generator=generator) < rate
-
-
-def periodically(rate: float, seed: int = 0) -> Policy:
-    """Each asks at every 1 / rate-th step, with a phase of its own. Args: rate; seed of the phases."""
-    period = max(1, round(1 / rate)) if rate else None
-
-    def policy(now: Step, fresh: Step, generator: torch.Generator) -> Tensor:
-        if period is None:
-            return never(now, fresh, generator)
-        phase = torch.randint(period, (len(now.items),), generator=torch.Generator().manual_seed(seed))
-        return (now.number + phase) % period == 0
-
-    return policy
-
-
-def by_signal(signal: Callable[[Step], Tensor], threshold: Threshold, group: int = 1) -> Policy:
-    """Those ask whose signal is above a threshold. Args: signal; threshold; users who decide together, one after the other."""
-    return lambda now, fresh, generator: threshold.asks(signal(now), generator, group)
-
-
-def oracle(rate: float, gain: Callable[[Step, Step], Tensor]) -> Policy:
-    """Those ask who gain most by it at this step, which nobody can know; greedy, since it does not look at what follows.
-
-    Args:
-        rate: Share of the users who ask.
-        gain: Of what is at hand and of what would come [U].
-    """
-
-    def policy(now: Step, fresh: Step, generator: torch.Generator) -> Tensor:
-        gains = gain(now, fresh)
-        return Threshold.for_rate(gains, rate).asks(gains, generator)
-
-    return policy
-
-
-def gain_of(fusion: Fusion, metric: str, k: int) -> Callable[[Step, Step], Tensor]:
-    """What a request would bring: the metric with it less the metric without it [U]."""
-
-    def gain(now: Step, fresh: Step) -> Tensor:
-        with_it, without = (row_metric(step.rank(fusion).tolist(), metric, k) for step in (fresh, now))
-        return torch.from_numpy(with_it - without)
-
-    return gain
-
-
 def mean_over(outcomes: Sequence[Outcome], metric: str, k: int) -> np.ndarray:
     """A metric of each user, averaged over replays with other seeds [U]."""
     return np.mean([outcome.metric(metric, k) for outcome in outcomes], axis=0)
+
+
+def with_own(
+    items: Tensor, cloud: Tensor, scores: Tensor, own: Tensor, own_scores: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Lists of the cloud with a device's own best behind them; what both have stands once.
+
+    Args:
+        items: The cloud's, 0 for no candidate [B, K].
+        cloud: Its scores [B, K].
+        scores: The device's [B, K].
+        own: The device's best [B, N].
+        own_scores: Its scores of those [B, N].
+
+    Returns:
+        Items, scores by the cloud (-inf where it has none) and by the device, each [B, K + N].
+    """
+    twice = (own.unsqueeze(2) == items.unsqueeze(1)).any(dim=2)
+    return (
+        torch.cat([items, own.masked_fill(twice, 0)], dim=1),
+        torch.cat([cloud, torch.full_like(own_scores, LOWEST)], dim=1),
+        torch.cat([scores, own_scores], dim=1),
+    )
 
 
 @dataclass
@@ -338,3 +315,9 @@ class AtHand:
         """Candidates and their scores of rows that are told by their place in the data set's own log. Args: pointers [B]."""
         target = self.timeline.of_pointers(pointers)
         return self.replay.candidates(target, self.view[target])
+
+    def met(self, batch: Interaction) -> tuple[Tensor, Tensor]:
+        """What is no candidate because it was met before: pairs of a row's number in a batch and an item; none if that matters not."""
+        if self.replay.seen is None:
+            return torch.zeros(2, 0, dtype=torch.long).unbind()
+        return self.replay.seen(self.timeline.of_pointers(batch[POINTER].cpu()))

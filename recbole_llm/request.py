@@ -66,13 +66,17 @@ def fused(cloud: Tensor, device: Tensor, there: Tensor, alpha: float, norm: str)
     """Alpha * cloud + (1 - alpha) * device on normalised scores, -inf where there is no candidate [B, K].
 
     Args:
-        cloud: The cloud's scores [B, K].
+        cloud: The cloud's scores, -inf for what it did not propose, which counts as its lowest [B, K].
         device: The device's scores of the same candidates [B, K].
         there: Which are candidates [B, K].
         alpha: 1 is the cloud's order, 0 the device's.
         norm: See `normalised`.
     """
-    mixed = alpha * normalised(cloud, there, norm) + (1 - alpha) * normalised(device, there, norm)
+    listed = there & (cloud > LOWEST)
+    of_cloud = normalised(cloud, listed, norm)
+    if norm == "zscore":  # of the other scales 0 is the lowest value
+        of_cloud = torch.where(listed, of_cloud, of_cloud.amin(dim=1, keepdim=True))
+    mixed = alpha * of_cloud + (1 - alpha) * normalised(device, there, norm)
     return mixed.masked_fill(~there, LOWEST)
 
 
@@ -172,16 +176,21 @@ class Threshold:
         higher, ties = int((scores > above).sum()), int((scores == above).sum())
         return cls(above, min(1.0, max(0.0, (wanted - higher) / ties)))
 
-    def asks(self, scores: Tensor, generator: torch.Generator, group: int = 1) -> Tensor:
-        """Who asks [B].
+    def chance(self, scores: Tensor) -> Tensor:
+        """The probability that each asks [B]: 1 above, `share` of ties, 0 below. Args: scores [B]."""
+        return (scores > self.above).float() + self.share * (scores == self.above).float()
 
-        Args:
-            scores: [B].
-            generator: One number is drawn from it for each group, whatever its score.
-            group: Users, one after the other, who share a draw.
-        """
-        draw = torch.rand(-(-len(scores) // group), generator=generator).repeat_interleave(group)[: len(scores)]
-        return (scores > self.above) | ((scores == self.above) & (draw.to(scores.device) < self.share))
+
+def drawn(chance: Tensor, generator: torch.Generator, group: int = 1) -> Tensor:
+    """Who asks, of the probability that each does [B].
+
+    Args:
+        chance: [B].
+        generator: One number is drawn from it for each group, whatever its chance.
+        group: Users, one after the other, who share a draw.
+    """
+    draw = torch.rand(-(-len(chance) // group), generator=generator).repeat_interleave(group)[: len(chance)]
+    return draw.to(chance.device) < chance
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any
 from recbole_llm.collaboration import FUSIONS, POLICIES
 from recbole_llm.config import check_range, choice
 from recbole_llm.phases import PHASES
-from recbole_llm.replay import MEASURES
+from recbole_llm.policies import MEASURES
 from recbole_llm.request import NORMS, Network
 
 CHOICES = {
@@ -25,12 +25,21 @@ CHOICES = {
     "upload": ("delta", "stateless"),
 }
 RANGES = {
-    "steps": (1, None), "lag": (0, None), "candidates": (1, None), "users": (0, None), "independent_epochs": (1, None),
-    "cooperative_epochs": (1, None), "retrain_epochs": (1, None), "stopping_step": (0, None), "cooperative_rate": (0.0, None),
-    "retrain_rate": (0.0, None), "negatives": (1, None), "list": (2, None), "list_cloud": (0, None), "list_lag": (0, None),
-    "list_rows": (0, None), "base_weight": (0.0, None), "replay": (0.0, None), "rate": (0.0, 1.0), "rtt_ms": (0.0, None),
-    "up_mbps": (1e-9, None), "down_mbps": (1e-9, None), "id_bytes": (0, None), "score_bytes": (0, None), "header_bytes": (0, None),
+    "steps": (1, None), "lag": (0, None), "candidates": (1, None), "own_candidates": (0, None), "users": (0, None),
+    "independent_epochs": (1, None), "cooperative_epochs": (1, None), "retrain_epochs": (1, None), "stopping_step": (0, None),
+    "cooperative_rate": (0.0, None), "retrain_rate": (0.0, None), "negatives": (1, None), "list": (2, None),
+    "list_cloud": (0, None), "list_lag": (0, None), "list_rows": (0, None), "base_weight": (0.0, None), "replay": (0.0, None),
+    "rate": (0.0, 1.0), "rtt_ms": (0.0, None), "up_mbps": (1e-9, None), "down_mbps": (1e-9, None), "id_bytes": (0, None),
+    "score_bytes": (0, None), "header_bytes": (0, None),
 }  # fmt: skip
+AFTER_TRAINING = frozenset(
+    f"lsc_{name}"
+    for name in (
+        "own_candidates", "fusion", "norm", "alpha", "policy", "rate", "rates", "measure", "threshold",
+        *(field.name for field in fields(Network)),
+    )
+)  # fmt: skip
+"""Settings that no training depends on."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +51,7 @@ class Collaboration:
     steps: int
     lag: int
     candidates: int
+    own_candidates: int
     users: int
     independent_loss: str
     independent_data: str
@@ -99,6 +109,15 @@ class Collaboration:
         if merged["fusion"] == "code" and (merged["alpha"] is not None or merged["norm"] != "auto"):
             raise ValueError(
                 "lsc_fusion=code: has neither an alpha nor a scale; there is lsc_fusion=linear. Set it, or neither lsc_alpha nor lsc_norm."
+            )
+        if not isinstance(merged["keep_better"], bool):
+            raise ValueError(
+                f"lsc_keep_better={merged['keep_better']}: is neither true nor false; there are True and False. Set lsc_keep_better."
+            )
+        if merged["fusion"] == "code" and merged["own_candidates"]:
+            raise ValueError(
+                f"lsc_own_candidates={merged['own_candidates']}: the authors' fusion ranks the cloud's candidates alone; there is "
+                "lsc_fusion=linear. Set lsc_fusion, or lsc_own_candidates=0."
             )
         for rate in merged["rates"]:
             check_range({"lsc_rates": rate}, "lsc_rates", 0.0, 1.0)

@@ -96,16 +96,17 @@ class SequenceTrainer(Trainer):
             path = folder / f"{name}-{number}{checkpoint.SUFFIX}"
         return str(path)
 
-    def keep_in(self, folder: str | Path, resume: bool = True) -> None:
+    def keep_in(self, folder: str | Path, resume: bool = True, stages: Path | None = None) -> None:
         """Keep checkpoint and training state in a folder, and go on with the training whose state is there.
 
         Args:
             folder: Where `model.safetensors` and what belongs to it are kept.
             resume: Whether to go on; otherwise a state that is there is removed.
+            stages: Where stages of a training have their own; within `folder` if it is not said.
         """
         folder = Path(folder)
         self.saved_model_file = str(folder / f"model{checkpoint.SUFFIX}")
-        self.state_folder = folder / "state"
+        self.state_folder = stages or folder / "state"
         state = checkpoint.resume_file(self.saved_model_file)
         if not resume:
             state.unlink(missing_ok=True)

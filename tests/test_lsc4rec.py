@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -100,6 +101,8 @@ def test_recboles_metrics_are_those_of_the_replay(source):
         {"lsc_evaluation": "stream", "lsc_steps": 3},
         {"seen_items": "mask", "lsc_candidates": 40},
         {"lsc_policy": "always"},
+        {"lsc_own_candidates": 20, "lsc_alpha": 0.4},
+        {"lsc_own_candidates": 20, "lsc_candidates": 6, "seen_items": "mask", "lsc_policy": "always"},
     ):
         run = fitted(source, **more)
         result = run.trainer.evaluate(run.data[2])
@@ -139,8 +142,9 @@ def test_lists_on_disk_are_what_the_cloud_says_when_asked(source):
         assert torch.equal(live, known) and torch.allclose(score, known_score, atol=1e-5)
 
 
-def test_asked_for_a_history_it_ranks_as_in_the_evaluation_without_requests(source):
-    run = fitted(source, lsc_policy="never")
+@pytest.mark.parametrize("own", [0, 15])
+def test_asked_for_a_history_it_ranks_as_in_the_evaluation_without_requests(source, own):
+    run = fitted(source, lsc_policy="never", lsc_own_candidates=own)
     run.trainer.evaluate(run.data[2])
     dataset = run.data[2]._dataset
     # the batches hold the last 12 items, of which the cloud reads the first 10 at most
@@ -253,6 +257,11 @@ def test_a_cloud_of_the_historical_rows_is_taken(source):
         ({"lsc_rates": [0.1, 2.0]}, "lsc_rates=2.0: not possible"),
         ({"lsc_alpha": -1.0}, "lsc_alpha=-1.0: not possible"),
         ({"lsc_fusion": "code", "lsc_alpha": 0.9}, "lsc_fusion=code: has neither an alpha nor a scale"),
+        (
+            {"lsc_fusion": "code", "lsc_own_candidates": 5},
+            "lsc_own_candidates=5: the authors' fusion ranks the cloud's",
+        ),
+        ({"lsc_keep_better": "no"}, "lsc_keep_better=no: is neither true nor false; there are True and False"),
         ({"lsc_lag": -1}, "lsc_lag=-1: not possible; there is whole numbers from 0 upwards"),
         ({"lsc_phases": ["cooperate"]}, "lsc_phases=cooperate: no such choice; did you mean 'cooperative'"),
         ({"lsc_measure": "kendall"}, "lsc_measure=kendall: no such choice"),
@@ -280,6 +289,7 @@ def test_a_split_that_is_not_leave_one_out_is_refused(source):
     [
         ({"device_model": "DIN", "lsc_hard": "device"}, "lsc_hard=device: DIN scores one item at a time"),
         ({"device_model": "DIN", "lsc_policy": "history-drift"}, "lsc_policy=history-drift: DIN has no item vectors"),
+        ({"device_model": "DIN", "lsc_own_candidates": 5}, "lsc_own_candidates=5: DIN scores one item at a time"),
         ({"cloud": "DIN"}, "cloud=DIN: scores one item at a time"),
     ],
 )
@@ -380,6 +390,36 @@ def test_a_list_is_never_longer_than_it_may_be(source):
     )
     run.trainer.fit(run.data[0], run.data[1])
     assert set(widths) == {4}
+
+
+def test_what_no_training_depends_on_trains_nothing_anew(source, caplog):
+    """Another policy, fusion or network is another run of the same device model; another list size is not."""
+    settings = SMALL | {"data_path": str(source), "state": "info"}
+    first = run_recbole_llm("LSC4Rec", "log", config_dict=settings)
+    for more, taken in (
+        ({"lsc_policy": "learned", "lsc_rate": 0.5, "lsc_own_candidates": 5, "lsc_rtt_ms": 9}, 3),
+        ({"lsc_list": 4}, 0),
+    ):
+        caplog.clear()
+        other = run_recbole_llm("LSC4Rec", "log", config_dict=settings | more)
+        assert other["folder"] != first["folder"]
+        assert sum("taken from saved/devices/SASRec-log-" in message for message in caplog.messages) == taken
+    caplog.clear()
+    run_recbole_llm("LSC4Rec", "log", config_dict=settings | {"resume": False})
+    assert not any("taken from saved/devices" in message for message in caplog.messages)
+
+
+def test_the_plan_counts_lists_that_are_trained_on_only(source):
+    for more, rows in (
+        ({}, r"[1-9]\d*"),
+        ({"lsc_phases": ["independent"]}, "0"),
+        ({"lsc_list_cloud": 0}, "0"),
+        ({"lsc_list_rows": 7}, "7"),
+    ):
+        steps = run_recbole_llm("LSC4Rec", "log", config_dict=SMALL | {"data_path": str(source)} | more, estimate=True)[
+            "plan"
+        ]
+        assert any(re.search(f"gives lists for {rows} historical rows and", step.what) for step in steps), more
 
 
 def test_the_plan_names_cloud_lists_and_phases(source):

@@ -8,17 +8,8 @@ import recbole_llm
 from recbole_llm.cloud import Lists
 from recbole_llm.collaboration import FUSIONS, Costs, Learned, Trial, best_fusion, policy_of
 from recbole_llm.device import Device
-from recbole_llm.replay import (
-    SIGNALS,
-    Replay,
-    always,
-    at_random,
-    by_signal,
-    gain_of,
-    never,
-    oracle,
-    periodically,
-)
+from recbole_llm.policies import SIGNALS, always, at_random, by_signal, gain_of, never, oracle, periodically
+from recbole_llm.replay import Policy, Replay
 from recbole_llm.request import Network, Threshold
 from recbole_llm.timeline import Timeline
 from tests.small_logs import NO_DROPOUT, random_log, stock, write_log
@@ -42,7 +33,10 @@ def made(tmp_path_factory):
     log, generator = timeline.log, torch.Generator().manual_seed(1)
     items = torch.stack([torch.randperm(log.n_items - 1, generator=generator)[:K] + 1 for _ in range(len(log.items))])
     known = torch.rand(len(log.items), generator=generator) < 0.7
-    items[known, 3] = log.items[known]
+    target = log.items.unsqueeze(1)
+    swapped = torch.where(items == target, items[:, 3:4], items)  # no item stands twice
+    swapped[:, 3:4] = target
+    items = torch.where(known.unsqueeze(1), swapped, items)
     score = torch.rand(items.shape, generator=generator).sort(dim=1, descending=True).values
     return timeline, Device(data.model.eval()), Lists(items, score, torch.arange(len(log.items)))
 
@@ -75,13 +69,9 @@ def test_who_always_asks_is_up_to_date(made):
 
 
 def test_a_request_renews_the_list_for_what_follows(made):
-    asks_once = iter([True, False, False, False, False])
-
-    def policy(now, fresh, generator):
-        return torch.full((len(now.items),), next(asks_once))
-
+    at_first = Policy(lambda now, fresh, number: torch.full((len(now.items),), float(number == 0)), by_number=True)
     replay = replay_of(made)
-    outcome = replay.run(policy, BOTH)
+    outcome = replay.run(at_first, BOTH)
     assert torch.equal(outcome.view, replay.targets[:, :1].expand(-1, 5))
     assert outcome.new_items[0].tolist() == [2, 1, 2, 3, 4]
 
@@ -176,14 +166,111 @@ def test_the_rate_of_a_stream_is_foretold(made):
 
 
 def test_ages_grow_and_begin_anew_after_a_request(made):
-    seen = []
+    trial = trial_of(made, steps=6)
+    users = len(trial.replay.targets)
+    walked = trial.walk(lambda age, number: torch.full((users,), float(age == 4)))
+    assert {age: (float(there.mean()), float(asked.mean())) for age, (there, asked) in walked.items()} == {
+        1: (1, 0), 2: (2, 0), 3: (2, 0), 4: (1, 1),
+    }  # fmt: skip
 
-    def at_age(age):
-        seen.append(age)
-        return (1.0 if age == 4 else 0.0), float(age)
 
-    rate, mean = trial_of(made, steps=6).over_ages(at_age)
-    assert seen == [2, 3, 4, 1] and rate == pytest.approx(1 / 6) and mean == pytest.approx((2 + 3 + 4 + 1 + 2 + 3) / 6)
+def test_of_a_user_who_asks_at_one_age_only_the_list_never_gets_older(made):
+    """Users keep their wishes: half of them ask whenever they can, and the others never do."""
+    trial = trial_of(made, steps=6)
+    keen = (torch.arange(len(trial.replay.targets)) % 2).float()
+    walked = trial.walk(lambda age, number: keen)
+    assert torch.equal(walked[1][0], 5 * keen) and torch.equal(walked[2][1], keen)
+    assert torch.equal(walked[7][0], 1 - keen) and not bool(walked[7][1].any())
+
+
+@pytest.mark.parametrize("rate", [0.2, 0.5])
+def test_a_trial_expects_of_periodic_requests_what_a_replay_has(made, rate):
+    trial, replay = trial_of(made, steps=5), replay_of(made)
+    asks = periodically(rate)
+    assert trial.run(asks, BOTH, "NDCG", 5)[0] == pytest.approx(replay.run(asks, BOTH).rate)
+
+
+def test_a_trial_of_one_step_is_the_mean_of_its_replays(made):
+    trial = trial_of(made)
+    rate, users = trial.run(at_random(0.3), BOTH, "NDCG", 5)
+    never_asked, always_asked = (trial.replay.run(policy, BOTH).metric("NDCG", 5) for policy in (never, always))
+    assert rate == pytest.approx(0.3) and np.allclose(users, 0.7 * never_asked + 0.3 * always_asked)
+
+
+def test_an_older_list_has_the_drift_of_its_age(made):
+    trial = trial_of(made, steps=9)
+    moved = [signal_of(trial.at(age), "history-drift") for age in (3, 7)]
+    assert not torch.allclose(*moved)
+    replay = trial.replay
+    target = replay.targets[:, 0]
+    exact = replay.step(0, made[0].view(target, 7)).moved
+    assert torch.allclose(moved[1], exact)
+
+
+def test_nobody_asks_for_a_list_that_is_fresh(made):
+    trial = trial_of(made, steps=4, lag=0)
+    assert trial.run(always, BOTH, "NDCG", 5)[0] == pytest.approx(3 / 4)
+    threshold = trial.threshold(lambda step: signal_of(step, "confidence"), 0.3)
+    asks = by_signal(lambda step: signal_of(step, "confidence"), threshold)
+    assert trial.run(asks, BOTH, "NDCG", 5)[0] == pytest.approx(0.3, abs=0.02)
+
+
+def test_a_stream_set_to_none_and_to_all_asks_so_whatever_comes(made):
+    trial = trial_of(made, steps=5)
+    for rate in (0, 1):
+        threshold = trial.threshold(lambda step: signal_of(step, "consistency"), rate)
+        assert threshold.chance(torch.tensor([-9e9, 9e9])).tolist() == [rate, rate]
+
+
+def test_too_few_users_teach_nothing(made):
+    timeline, device, lists = made
+    few = Replay(timeline.log, device, lists, timeline.valid[:3].unsqueeze(1), timeline.view(timeline.valid[:3], 2))
+    config = {"valid_metric": "NDCG@5", "seed": 1}
+    assert (
+        policy_of("learned", 0.2, lambda part: Trial(few, 2, 1), BOTH, Settings(), config)
+        == "too few users to learn from"
+    )
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.4])
+def test_a_device_adds_its_own_best_to_the_clouds_list(made, alpha):
+    timeline, device, lists = made
+    replay, own = replay_of(made, 2), 10
+    wide = replay_of(made, 2, own=own)
+    step = wide.step(1, wide.start)
+    with torch.no_grad():
+        whole = device.model.full_sort_predict(device.batch(timeline.log, wide.targets[:, 1]))
+    whole[:, 0] = float("-inf")
+    best = whole.topk(own).indices
+    narrow = replay.step(1, replay.start)
+    assert torch.equal(step.items[:, :K], narrow.items) and torch.equal(step.cloud[:, :K], narrow.cloud)
+    for user in range(len(best)):
+        proposed, added = set(narrow.items[user].tolist()), step.items[user, K:][step.there[user, K:]].tolist()
+        assert added == [item for item in best[user].tolist() if item not in proposed], "what both propose stands once"
+    assert torch.equal(step.listed[:, K:], torch.zeros_like(step.there[:, K:]))
+    # what the cloud knows of the list is what it was
+    for name in SIGNALS:
+        assert torch.allclose(signal_of(step, name), signal_of(narrow, name)), name
+    fusion = FUSIONS["linear"](alpha, "minmax")
+    rank, alone = wide.run(never, fusion).rank[:, 1], device.rank_of(timeline.log, wide.targets[:, 1])
+    if alpha == 0:  # the device's order of the catalogue, as far as its own go
+        assert torch.equal(rank[alone < own], alone[alone < own])
+    else:
+        assert bool((rank[alone < own] >= 0).all())
+
+
+def test_the_cloud_alone_has_no_candidates_of_the_device(made):
+    order = lambda cloud, device, there: cloud  # noqa: E731
+    assert torch.equal(replay_of(made, own=10).run(never, order).rank, replay_of(made).run(never, order).rank)
+
+
+def test_a_devices_own_candidates_are_unseen_if_seen_items_are_masked(made):
+    timeline, _, _ = made
+    replay = replay_of(made, 2, seen=timeline.seen, own=10)
+    step = replay.step(1, replay.start)
+    for user, target in enumerate(replay.targets[:, 1].tolist()):
+        met = set(timeline.log.items[int(timeline.log.offsets[timeline.users[user]]) : target].tolist())
+        assert not met & set(step.items[user].tolist())
 
 
 def test_no_view_of_a_trial_is_older_than_the_real_time_data(made):
@@ -246,7 +333,7 @@ def test_drift_is_how_far_the_devices_vectors_have_moved(made):
 
 def test_what_a_user_has_met_is_no_candidate_if_seen_items_are_masked(made):
     timeline, _, lists = made
-    replay = replay_of(made, mask_seen=True)
+    replay = replay_of(made, seen=timeline.seen)
     step, (items, _) = replay.step(3, replay.start), lists.at(replay.start)
     for user, target in enumerate(replay.targets[:, 3].tolist()):
         met = set(timeline.log.items[int(timeline.log.offsets[timeline.users[user]]) : target].tolist())

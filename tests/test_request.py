@@ -15,6 +15,7 @@ from recbole_llm.request import (
     code_fusion,
     code_score,
     disagreement_at,
+    drawn,
     drift,
     footrule,
     fused,
@@ -121,6 +122,16 @@ def test_equal_scores_stay_equal(norm, equal):
 def test_lists_of_one_and_of_none_have_numbers(norm, alone):
     score = torch.tensor([[7.0, -3.0], [7.0, -3.0]])
     assert normalised(score, torch.tensor([[False, True], [False, False]]), norm).tolist() == [[0, alone], [0, 0]]
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_what_the_cloud_did_not_propose_counts_as_its_lowest(norm):
+    cloud = torch.tensor([[3.0, 1.0, -2.0, -math.inf, -math.inf]])
+    device, there = torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0]]), torch.tensor([[True] * 4 + [False]])
+    by_cloud, by_device = (fused(cloud, device, there, alpha, norm)[0] for alpha in (1.0, 0.0))
+    assert torch.allclose(by_cloud[:3], fused(cloud[:, :3], device[:, :3], there[:, :3], 1.0, norm)[0])
+    assert by_cloud[3] <= by_cloud[:3].min() and by_cloud[4] == -math.inf
+    assert by_device[:4].argsort(descending=True).tolist() == [3, 2, 1, 0]
 
 
 @given(seed=st.integers(0, 999), size=st.integers(2, 12), shift=SHIFTS, factor=st.floats(0.2, 20))
@@ -333,7 +344,7 @@ def test_drift_is_the_cosine_distance_and_zero_when_nothing_came():
 def test_threshold_asks_at_its_rate_on_fresh_scores(rate):
     generator = seeded(5)
     seen, fresh = torch.randn(2, MANY, generator=generator).exp()
-    asked = Threshold.for_rate(seen, rate).asks(fresh, generator)
+    asked = drawn(Threshold.for_rate(seen, rate).chance(fresh), generator)
     assert asked.float().mean().item() == pytest.approx(rate, abs=0.01)
     assert fresh[asked].min() > fresh[~asked].max(), "those with the higher scores ask"
 
@@ -344,11 +355,11 @@ def test_threshold_breaks_ties_at_random_so_that_the_rate_is_met(rate, levels):
     generator = seeded(6)
     seen, fresh = torch.randint(0, levels, (2, MANY), generator=generator) / 10
     threshold = Threshold.for_rate(seen, rate)
-    asked = threshold.asks(fresh, seeded(7))
+    asked = drawn(threshold.chance(fresh), seeded(7))
     assert asked.float().mean().item() == pytest.approx(rate, abs=0.01)
     assert bool(asked[fresh > threshold.above].all()) and not asked[fresh < threshold.above].any()
-    assert torch.equal(threshold.asks(fresh, seeded(7)), asked)
-    assert not torch.equal(threshold.asks(fresh, seeded(8)), asked)
+    assert torch.equal(drawn(threshold.chance(fresh), seeded(7)), asked)
+    assert not torch.equal(drawn(threshold.chance(fresh), seeded(8)), asked)
 
 
 @given(
@@ -365,9 +376,9 @@ def test_threshold_and_its_share_of_ties_make_up_the_rate(scores, rate):
 
 def test_threshold_of_rate_zero_never_asks_and_of_rate_one_always():
     scores = torch.tensor([0.0, 3.0, 3.0, -2.0, math.inf]).repeat(200)
-    assert not Threshold.for_rate(scores, 0).asks(scores, seeded()).any()
-    assert bool(Threshold.for_rate(scores, 1).asks(scores, seeded()).all())
-    assert bool(Threshold.for_rate(scores, 1.0).asks(scores + 1, seeded()).all())
+    assert not Threshold.for_rate(scores, 0).chance(scores).any()
+    assert bool((Threshold.for_rate(scores, 1).chance(scores) == 1).all())
+    assert bool((Threshold.for_rate(scores, 1.0).chance(scores + 1) == 1).all())
 
 
 def test_threshold_draws_one_number_for_each_row_whatever_its_score():
@@ -375,7 +386,7 @@ def test_threshold_draws_one_number_for_each_row_whatever_its_score():
     after, answers = [], []
     for changed in (0.0, 1.0, 2.0):
         generator = seeded(9)
-        answers.append(threshold.asks(torch.tensor([changed] + [1.0] * 99), generator)[1:].tolist())
+        answers.append(drawn(threshold.chance(torch.tensor([changed] + [1.0] * 99)), generator)[1:].tolist())
         after.append(torch.rand(1, generator=generator).item())
     assert answers[0] == answers[1] == answers[2] and 0 < sum(answers[0]) < 99
     assert after[0] == after[1] == after[2]
@@ -445,8 +456,8 @@ def test_zscore_of_equal_scores_is_0_whatever_their_mean_rounds_to():
 
 
 def test_the_rate_1_asks_on_scores_below_all_of_validation():
-    asks = Threshold.for_rate(torch.tensor([1.0, 2.0, 3.0]), 1.0).asks(torch.tensor([0.0, 5.0]), torch.Generator())
-    assert asks.tolist() == [True, True]
+    chance = Threshold.for_rate(torch.tensor([1.0, 2.0, 3.0]), 1.0).chance(torch.tensor([0.0, 5.0]))
+    assert chance.tolist() == [1, 1]
 
 
 def test_scores_that_are_no_numbers_are_refused():

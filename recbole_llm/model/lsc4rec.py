@@ -24,11 +24,11 @@ from recbole_llm.checkpoint import config_from_settings, read_checkpoint, settin
 from recbole_llm.cloud import Cloud, Elsewhere, Lists, most_recent, proposed
 from recbole_llm.collaboration import FUSIONS, Costs, Trial, best_fusion, policy_of
 from recbole_llm.config import check_topk, role_config
-from recbole_llm.device import Device, draw_by_token
+from recbole_llm.device import Device, best_of, draw_by_token
 from recbole_llm.evaluation import POINTER
 from recbole_llm.loaders import cut_to
 from recbole_llm.phases import Phases
-from recbole_llm.replay import AtHand, Outcome, Replay
+from recbole_llm.replay import AtHand, Outcome, Replay, with_own
 from recbole_llm.request import places
 from recbole_llm.teacher import sample_of_rows
 from recbole_llm.terms import Collaboration
@@ -64,8 +64,8 @@ class LSC4Rec(SequentialRecommender):
     """A device model, and the rule by which its scores and those of a cloud's candidates are one.
 
     It ranks what the cloud proposes: of what it saw at its last contact while a trainer evaluates, otherwise of the history less its
-    last `lsc_lag` items. Items beyond the cloud's list follow by popularity, below all candidates. Until there is a cloud, the device
-    ranks alone.
+    last `lsc_lag` items; and its own `lsc_own_candidates` best. Other items follow by popularity, below all candidates. Until there is
+    a cloud, the device ranks alone.
 
     Args:
         config: RecBole Config; `cloud` and `device_model` name the two, `lsc_*` say how they work together.
@@ -113,8 +113,12 @@ class LSC4Rec(SequentialRecommender):
         items, cloud = self._candidates(interaction)
         if items is None:
             return self._alone(batch)
-        there = items > 0
         device = self.scorer.scores(batch, items)
+        if self.settings.own_candidates:
+            known = self.at_hand is not None and POINTER in interaction
+            whole = self.scorer.whole(batch, self.at_hand.met if known else None)
+            items, cloud, device = with_own(items, cloud, device, *best_of(whole, self.settings.own_candidates))
+        there = items > 0
         place = places(self.fusion(cloud, device, there), there)
         # popularity is at most the number of rows, so that this lies between -2 and -1
         rest = self.popularity / (self.popularity.max() + 1) - 2
@@ -189,6 +193,11 @@ class LSC4RecTrainer(SequenceTrainer):
                 f"lsc_hard=device: {config['device_model']} scores one item at a time, so its best wrong items are not to be had; there is "
                 "random, popular and digits. Set lsc_hard."
             )
+        if self.settings.own_candidates and not scorer.ranks_all:
+            raise ValueError(
+                f"lsc_own_candidates={self.settings.own_candidates}: {config['device_model']} scores one item at a time, so its best of "
+                "the whole catalogue are not to be had; there is SASRec, say. Set device_model, or lsc_own_candidates=0."
+            )
         if self.settings.policy == "history-drift" and scorer.item_vectors() is None:
             raise ValueError(
                 f"lsc_policy=history-drift: {config['device_model']} has no item vectors; there is consistency, say. Set lsc_policy."
@@ -239,8 +248,10 @@ class LSC4RecTrainer(SequenceTrainer):
         if part not in self._replays:
             targets = self.targets(part)
             start = self.timeline.view(targets[:, 0], self.settings.lag)
-            masks = self.seen_items == "mask"
-            self._replays[part] = Replay(self.timeline.log, self.model.scorer, self.lists(), targets, start, masks)
+            seen = self.timeline.seen if self.seen_items == "mask" else None
+            self._replays[part] = Replay(
+                self.timeline.log, self.model.scorer, self.lists(), targets, start, seen, self.settings.own_candidates
+            )
         return self._replays[part]
 
     def trial(self, part: str) -> Trial:
@@ -350,7 +361,7 @@ class LSC4RecTrainer(SequenceTrainer):
         replay, k = self.replay("test"), min(self.settings.candidates, self.timeline.log.n_items - 1)
         position = replay.targets[:1, -1]
         items, _ = replay.lists.at(position)
-        device_ms = self.model.scorer.latency_ms(self.timeline.log, position, items)
+        device_ms = self.model.scorer.latency_ms(self.timeline.log, position, items, self.settings.own_candidates)
         cloud_reads = self.cloud.config["teacher_history"] or self.cloud.config["MAX_ITEM_LIST_LENGTH"]
         return Costs(
             self.settings.network, device_ms, self.cloud.latency_ms(position, k), cloud_reads, self.model.scorer.size()
