@@ -59,8 +59,8 @@ class Account:
         differences: Both together against each line of theirs: metric -> gain and its 95 % interval, over users.
         sentences: What follows from them.
         areas: Policy -> area between its curve of quality over rate and that of asking at random, and its 95 % interval.
-        curve: Scale -> the metric on validation at each alpha of `ALPHAS`.
-        chosen: alpha, scale, metric, costs of one contact.
+        curve: Scale -> age of a list -> the metric on validation at each alpha of `ALPHAS`.
+        chosen: alpha by the age of a list, scale, metric, costs of one contact.
         never: The metric without a request.
         always: The metric with a request before each recommendation.
     """
@@ -71,7 +71,7 @@ class Account:
     differences: dict[str, dict[str, tuple[float, float, float]]]
     sentences: list[str]
     areas: dict[str, tuple[float, float, float]]
-    curve: dict[str, list[float]]
+    curve: dict[str, dict[str, list[float]]]
     chosen: dict[str, Any]
     never: float
     always: float
@@ -147,8 +147,8 @@ class Accountant:
     def draw_up(self) -> Account:
         """Replay everything, on validation and on test steps."""
         replay = self.trainer.replay("test")
-        cloud_order: Fusion = lambda cloud, device, there: cloud.masked_fill(~there, LOWEST)  # noqa: E731
-        device_order: Fusion = lambda cloud, device, there: device.masked_fill(cloud == LOWEST, LOWEST)  # noqa: E731
+        cloud_order: Fusion = lambda cloud, device, there, age: cloud.masked_fill(~there, LOWEST)  # noqa: E731
+        device_order: Fusion = lambda cloud, device, there, age: device.masked_fill(cloud == LOWEST, LOWEST)  # noqa: E731
         cloud, device = self.config["cloud"], self.config["device_model"]
         views = "as stale as a view can be" if replay.steps > 1 else f"{self.settings.lag} interactions behind"
         orders = {
@@ -187,9 +187,7 @@ class Accountant:
         if not alone:
             sentences.append(f"{device} alone on the whole catalogue: n/a, it scores one item at a time.")
         fusions = self.trainer.fusions
-        code = self.settings.fusion == "code"
-        chosen = {"alpha": None if code else fusions.alpha, "norm": None if code else fusions.norm}
-        chosen |= {"metric": self.config["valid_metric"]}
+        chosen = {"alpha": fusions.alpha, "norm": fusions.norm, "metric": self.config["valid_metric"]}
         chosen |= {
             "device_ms": self.costs.device_ms,
             "cloud_ms": self.costs.cloud_ms,
@@ -203,7 +201,7 @@ class Accountant:
             differences,
             [fusions.sentence(), *sentences],
             areas,
-            fusions.curve,
+            {norm: {str(age): scores for age, scores in curves.items()} for norm, curves in fusions.curve.items()},
             chosen,
             float(base.mean()),
             float(most.mean()),

@@ -5,7 +5,7 @@ without asking a cloud about its own training targets; `lsc_threshold: test` is 
 """
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -21,13 +21,20 @@ from recbole_llm.request import CODE_GROUP, NORMS, Network, Threshold, code_fusi
 from recbole_llm.timeline import REAL_TIME
 
 ALPHAS = tuple(round(0.1 * step, 1) for step in range(11))
-FUSIONS: dict[str, Callable[[float, str], Fusion]] = {
-    "linear": lambda alpha, norm: partial(fused, alpha=alpha, norm=norm),
-    "code": lambda alpha, norm: partial(code_fusion, weight=1.0),  # the authors' third formula
+FUSIONS: dict[str, Callable[[Sequence[float], str], Fusion]] = {
+    "linear": lambda alpha, norm: (
+        lambda cloud, device, there, age: fused(cloud, device, there, share_at(alpha, age), norm)
+    ),
+    "code": lambda alpha, norm: lambda cloud, device, there, age: code_fusion(cloud, device, there, 1.0),
 }
-"""How one score is made of two: of the cloud's share and the scale of both."""
+"""How one score is made of two: of the cloud's share by the age of its list, and the scale of both; of the authors' the third formula."""
 POLICIES = ("never", "always", "random", "periodic", *SIGNALS, "learned", "oracle")
 FOLDS = 2
+
+
+def share_at(alpha: Sequence[float], age: Tensor) -> Tensor:
+    """The cloud's share in lists of some ages; older ones have the last [B, 1]. Args: alpha, by age from 0; age [B]."""
+    return torch.tensor(alpha, device=age.device)[age.clamp(max=len(alpha) - 1)].unsqueeze(1)
 
 
 class Trial:
@@ -106,6 +113,19 @@ class Trial:
             rate += float(asked.mean())
         return rate / self.steps, total / self.steps
 
+    def weights(self, policy: Policy, ages: Sequence[int]) -> np.ndarray:
+        """Share of the recommendations that rest on lists of each age, if nobody looks at anything [A].
+
+        Args:
+            policy: One for which all lists are alike, such as asking at random.
+            ages: From 0, which is right after a request; the last stands for all older ones.
+        """
+        found = np.zeros(len(ages))
+        for age, (there, asked) in self.walk(lambda age, number: policy.chance(self.fresh, self.fresh, number)).items():
+            found[0] += float(asked.mean())
+            found[min(np.searchsorted(ages, age), len(ages) - 1)] += float((there - asked).mean())
+        return found / self.steps
+
     def threshold(self, signal: Callable[[Step], Tensor], rate: float) -> Threshold:
         """The threshold under which a share `rate` of recommendations asks; with one step the quantile of the signals."""
         signals = {age: signal(self.at(age)) for age in self.ages}
@@ -130,27 +150,30 @@ class Fusions:
     """What was tried on validation, and what did best.
 
     Args:
-        alpha: Share of the cloud.
-        norm: Scale of both scores.
-        score: The metric with these.
+        alpha: Share of the cloud by the age of its list, from 0; None of the authors' fusion.
+        norm: Scale of both scores; None of the authors' fusion.
+        score: The metric with these, if as many ask as `lsc_rate` says, whoever they are.
         metric: Its name.
-        curve: Scale -> the metric at each of `ALPHAS`.
+        curve: Scale -> age -> the metric at each of `ALPHAS`.
     """
 
-    alpha: float
-    norm: str
+    alpha: list[float] | None
+    norm: str | None
     score: float
     metric: str
-    curve: dict[str, list[float]]
+    curve: dict[str, dict[int, list[float]]]
 
     def sentence(self) -> str:
         """The choice, in words."""
         if not self.curve:
             return f"Fusion as in the authors' code: {self.metric} {self.score:.4f} on validation."
-        ends = self.curve[self.norm]
+        parts = [
+            f"{self.alpha[age]:g} in lists {age} behind (device's order {scores[0]:.4f}, cloud's {scores[-1]:.4f}, best {max(scores):.4f})"
+            for age, scores in self.curve[self.norm].items()
+        ]
         return (
-            f"Fusion: alpha={self.alpha:g} of the cloud on the scale {self.norm}, {self.metric} {self.score:.4f} on validation (device "
-            f"alone {ends[0]:.4f}, cloud alone {ends[-1]:.4f})."
+            f"Fusion: {self.metric} {self.score:.4f} on validation, on the scale {self.norm}; share of the cloud "
+            f"{', '.join(parts)}."
         )
 
 
@@ -163,24 +186,39 @@ def best_fusion(trial: Trial, settings: Any, valid_metric: str) -> Fusions:
         valid_metric: Such as NDCG@10.
     """
     name, _, k = valid_metric.partition("@")
-    # a stream is fused at views of every age, so some requests are made there
-    asks = never if trial.steps == 1 else at_random(settings.rate)
-
-    def score(alpha: float, norm: str) -> float:
-        return float(trial.run(asks, FUSIONS[settings.fusion](alpha, norm), name, int(k))[1].mean())
-
+    asks = {"never": never, "always": always}.get(settings.policy, at_random(settings.rate))
     if settings.fusion == "code":
-        return Fusions(0.5, "rank", score(0.5, "rank"), valid_metric, {})
+        score = float(trial.run(asks, FUSIONS["code"]([], ""), name, int(k))[1].mean())
+        return Fusions(None, None, score, valid_metric, {})
+    steps = {0: trial.fresh} | {age: trial.at(age) for age in trial.ages if age <= trial.oldest}
+    tried = ALPHAS if settings.alpha is None else (*ALPHAS, settings.alpha)
     norms = NORMS if settings.norm == "auto" else (settings.norm,)
-    curve = {norm: [score(alpha, norm) for alpha in ALPHAS] for norm in norms}
-    if settings.alpha is not None:
-        own = {norm: score(settings.alpha, norm) for norm in norms}
-        norm = max(own, key=own.__getitem__)
-        return Fusions(settings.alpha, norm, own[norm], valid_metric, curve)
-    norm, at = max(
-        ((norm, at) for norm in norms for at in range(len(ALPHAS))), key=lambda pair: curve[pair[0]][pair[1]]
-    )
-    return Fusions(ALPHAS[at], norm, curve[norm][at], valid_metric, curve)
+    found = {
+        norm: np.array([
+            [row_metric(step.rank(FUSIONS["linear"]([alpha], norm)).tolist(), name, int(k)).mean() for alpha in tried]
+            for step in steps.values()
+        ])
+        for norm in norms
+    }  # fmt: skip
+    weight = trial.weights(asks, list(steps))
+
+    def best_of(scores: np.ndarray) -> np.ndarray:
+        if settings.alpha is not None:
+            return np.full(len(steps), len(ALPHAS))
+        return scores.argmax(axis=1) if settings.alpha_by_age else np.full(len(steps), (weight @ scores).argmax())
+
+    def score(norm: str) -> float:
+        return float(weight @ found[norm][np.arange(len(steps)), best_of(found[norm])])
+
+    norm = max(norms, key=score)
+    chosen = dict(zip(steps, best_of(found[norm]), strict=True))
+    # a list of an age that was not tried is fused as the next older one
+    alpha = [tried[chosen[min(known for known in steps if known >= age)]] for age in range(max(steps) + 1)]
+    curve = {
+        norm: {age: scores[: len(ALPHAS)].tolist() for age, scores in zip(steps, each, strict=True)}
+        for norm, each in found.items()
+    }
+    return Fusions(alpha, norm, score(norm), valid_metric, curve)
 
 
 class Learned:

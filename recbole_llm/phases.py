@@ -284,7 +284,7 @@ class PhaseTrainer(SequenceTrainer):
             self.timeline.seen if self.seen_items == "mask" else None,
         )
         name, _, k = metric.partition("@")
-        score = float(replay.run(never, lambda cloud, device, there: device).metric(name, int(k)).mean())
+        score = float(replay.run(never, lambda cloud, device, there, age: device).metric(name, int(k)).mean())
         return score, {metric.lower(): score}
 
 

@@ -81,10 +81,15 @@ def pictures_of(account: Account) -> list[Picture]:
             )
         )
     if account.curve:
-        alpha = [Curve(norm, account.alphas, scores) for norm, scores in account.curve.items()]
-        made.append(
-            Picture("alpha", "Fusion on validation", "alpha: 0 the device's order, 1 the cloud's", metric, alpha)
-        )
+        axis, chosen = "alpha: 0 the device's order, 1 the cloud's", account.chosen["norm"]
+        by_age = account.curve[chosen]
+        ages = [Curve(f"lists {age} behind", account.alphas, scores) for age, scores in by_age.items()]
+        oldest = list(by_age)[-1]
+        norms = [Curve(norm, account.alphas, scores[oldest]) for norm, scores in account.curve.items()]
+        made += [
+            Picture("alpha", f"Fusion on validation, scale {chosen}", axis, metric, ages),
+            Picture("scale", f"Fusion on validation, lists {oldest} behind", axis, metric, norms),
+        ]
     return made
 
 

@@ -21,8 +21,9 @@ from recbole_llm.request import LOWEST, disagreement_at, drawn, drift, footrule,
 from recbole_llm.sequences import Log
 from recbole_llm.timeline import Timeline
 
-Fusion = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Cloud's scores (-inf for what it did not propose), device's scores, which are candidates (each [B, K]) -> scores [B, K]."""
+Fusion = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""Cloud's scores (-inf for what it did not propose), device's scores, which are candidates (each [B, K]), and how many interactions the
+list is behind [B] -> scores [B, K]."""
 RECENT = 10
 """Items of a history whose mean vector stands for the interest at the last contact."""
 
@@ -61,7 +62,7 @@ class Step:
 
     def rank(self, fusion: Fusion) -> Tensor:
         """Place of the target in the fused list, from 0; -1 where it is no candidate, or its score is -inf [U]."""
-        scores = fusion(self.cloud, self.device, self.there)
+        scores = fusion(self.cloud, self.device, self.there, self.new_items)
         shown = self.there & (scores > LOWEST)
         place = places(scores, shown)
         hit = (self.items == self.target.unsqueeze(1)) & shown
@@ -311,10 +312,11 @@ class AtHand:
     replay: Replay
     view: Tensor
 
-    def of(self, pointers: Tensor) -> tuple[Tensor, Tensor]:
-        """Candidates and their scores of rows that are told by their place in the data set's own log. Args: pointers [B]."""
+    def of(self, pointers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Candidates and their scores, each [B, K], and how far lists are behind [B], of rows told by their place in the data set's log."""
         target = self.timeline.of_pointers(pointers)
-        return self.replay.candidates(target, self.view[target])
+        view = self.view[target]
+        return *self.replay.candidates(target, view), target - view
 
     def met(self, batch: Interaction) -> tuple[Tensor, Tensor]:
         """What is no candidate because it was met before: pairs of a row's number in a batch and an item; none if that matters not."""

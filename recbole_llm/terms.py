@@ -35,7 +35,7 @@ RANGES = {
 AFTER_TRAINING = frozenset(
     f"lsc_{name}"
     for name in (
-        "own_candidates", "fusion", "norm", "alpha", "policy", "rate", "rates", "measure", "threshold",
+        "own_candidates", "fusion", "norm", "alpha", "alpha_by_age", "policy", "rate", "rates", "measure", "threshold",
         *(field.name for field in fields(Network)),
     )
 )  # fmt: skip
@@ -75,6 +75,7 @@ class Collaboration:
     fusion: str
     norm: str
     alpha: float | None
+    alpha_by_age: bool
     policy: str
     rate: float
     rates: tuple[float, ...]
@@ -110,10 +111,11 @@ class Collaboration:
             raise ValueError(
                 "lsc_fusion=code: has neither an alpha nor a scale; there is lsc_fusion=linear. Set it, or neither lsc_alpha nor lsc_norm."
             )
-        if not isinstance(merged["keep_better"], bool):
-            raise ValueError(
-                f"lsc_keep_better={merged['keep_better']}: is neither true nor false; there are True and False. Set lsc_keep_better."
-            )
+        for name in ("keep_better", "alpha_by_age"):
+            if not isinstance(merged[name], bool):
+                raise ValueError(
+                    f"lsc_{name}={merged[name]}: is neither true nor false; there are True and False. Set lsc_{name}."
+                )
         if merged["fusion"] == "code" and merged["own_candidates"]:
             raise ValueError(
                 f"lsc_own_candidates={merged['own_candidates']}: the authors' fusion ranks the cloud's candidates alone; there is "

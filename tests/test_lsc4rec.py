@@ -261,6 +261,7 @@ def test_a_cloud_of_the_historical_rows_is_taken(source):
             {"lsc_fusion": "code", "lsc_own_candidates": 5},
             "lsc_own_candidates=5: the authors' fusion ranks the cloud's",
         ),
+        ({"lsc_alpha_by_age": "age"}, "lsc_alpha_by_age=age: is neither true nor false"),
         ({"lsc_keep_better": "no"}, "lsc_keep_better=no: is neither true nor false; there are True and False"),
         ({"lsc_lag": -1}, "lsc_lag=-1: not possible; there is whole numbers from 0 upwards"),
         ({"lsc_phases": ["cooperate"]}, "lsc_phases=cooperate: no such choice; did you mean 'cooperative'"),
@@ -506,7 +507,7 @@ def test_a_run_writes_its_account_and_pictures_and_is_taken_from_its_folder(sour
     first = run_recbole_llm("LSC4Rec", "log", config_dict=settings)
     folder = first["folder"]
     names = {path.name for path in pathlib.Path(folder).iterdir()}
-    for picture in ("rate", "alpha", "latency", "bytes_up", "bytes_down"):
+    for picture in ("rate", "alpha", "scale", "latency", "bytes_up", "bytes_down"):
         assert {f"{picture}.png", f"{picture}.html"} <= names
     for words in (
         "in the cloud, up to date",

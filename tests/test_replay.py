@@ -6,22 +6,24 @@ import torch
 
 import recbole_llm
 from recbole_llm.cloud import Lists
-from recbole_llm.collaboration import FUSIONS, Costs, Learned, Trial, best_fusion, policy_of
+from recbole_llm.collaboration import ALPHAS, FUSIONS, Costs, Learned, Trial, best_fusion, policy_of
 from recbole_llm.device import Device
 from recbole_llm.policies import SIGNALS, always, at_random, by_signal, gain_of, never, oracle, periodically
 from recbole_llm.replay import Policy, Replay
+from recbole_llm.report import row_metric
 from recbole_llm.request import Network, Threshold
 from recbole_llm.timeline import Timeline
 from tests.small_logs import NO_DROPOUT, random_log, stock, write_log
 
-BOTH = FUSIONS["linear"](0.5, "rank")
+BOTH = FUSIONS["linear"]([0.5], "rank")
 K = 8
 
 
 class Settings:
     """What the choices read of `lsc_*`."""
 
-    fusion, norm, alpha, rate, steps, measure, threshold = "linear", "auto", None, 0.2, 1, "footrule", "valid"
+    fusion, norm, alpha, alpha_by_age, policy = "linear", "auto", None, True, "never"
+    rate, steps, measure, threshold = 0.2, 1, "footrule", "valid"
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +84,7 @@ def test_ranks_are_places_in_the_fused_list(made):
     outcome = replay.run(never, BOTH)
     position, view = replay.targets[:, 2], replay.start
     items, cloud = lists.at(view)
-    scores = BOTH(cloud, device.rerank(timeline.log, position, items), items > 0)
+    scores = BOTH(cloud, device.rerank(timeline.log, position, items), items > 0, position - view)
     for user in range(len(items)):
         order = items[user][scores[user].argsort(descending=True, stable=True)].tolist()
         target = int(timeline.log.items[position[user]])
@@ -93,8 +95,11 @@ def test_ranks_are_places_in_the_fused_list(made):
 @pytest.mark.parametrize("norm", ["rank", "minmax", "softmax", "zscore"])
 def test_alpha_1_is_the_clouds_order_and_0_the_devices(made, norm):
     replay = replay_of(made)
-    for alpha, order in ((1.0, lambda cloud, device, there: cloud), (0.0, lambda cloud, device, there: device)):
-        assert torch.equal(replay.run(always, FUSIONS["linear"](alpha, norm)).rank, replay.run(always, order).rank)
+    for alpha, order in (
+        (1.0, lambda cloud, device, there, age: cloud),
+        (0.0, lambda cloud, device, there, age: device),
+    ):
+        assert torch.equal(replay.run(always, FUSIONS["linear"]([alpha], norm)).rank, replay.run(always, order).rank)
 
 
 def test_one_step_is_the_first_step_of_a_stream(made):
@@ -251,7 +256,7 @@ def test_a_device_adds_its_own_best_to_the_clouds_list(made, alpha):
     # what the cloud knows of the list is what it was
     for name in SIGNALS:
         assert torch.allclose(signal_of(step, name), signal_of(narrow, name)), name
-    fusion = FUSIONS["linear"](alpha, "minmax")
+    fusion = FUSIONS["linear"]([alpha], "minmax")
     rank, alone = wide.run(never, fusion).rank[:, 1], device.rank_of(timeline.log, wide.targets[:, 1])
     if alpha == 0:  # the device's order of the catalogue, as far as its own go
         assert torch.equal(rank[alone < own], alone[alone < own])
@@ -260,7 +265,7 @@ def test_a_device_adds_its_own_best_to_the_clouds_list(made, alpha):
 
 
 def test_the_cloud_alone_has_no_candidates_of_the_device(made):
-    order = lambda cloud, device, there: cloud  # noqa: E731
+    order = lambda cloud, device, there, age: cloud  # noqa: E731
     assert torch.equal(replay_of(made, own=10).run(never, order).rank, replay_of(made).run(never, order).rank)
 
 
@@ -340,14 +345,50 @@ def test_what_a_user_has_met_is_no_candidate_if_seen_items_are_masked(made):
         assert step.there[user].tolist() == [item not in met for item in items[user].tolist()]
 
 
+def chosen_for(trial, **more):
+    settings = Settings()
+    vars(settings).update(more)
+    return best_fusion(trial, settings, "NDCG@5")
+
+
 def test_the_fusion_is_the_best_of_its_curve(made):
     replay = replay_of(made, 1, "valid")
-    chosen = best_fusion(Trial(replay, 2, 1), Settings(), "NDCG@5")
-    assert chosen.score == max(max(curve) for curve in chosen.curve.values())
+    chosen = chosen_for(Trial(replay, 2, 1))
+    assert chosen.score == pytest.approx(max(max(curve[2]) for curve in chosen.curve.values()))
     fusion = FUSIONS["linear"](chosen.alpha, chosen.norm)
     assert chosen.score == pytest.approx(replay.run(never, fusion).metric("NDCG", 5).mean())
-    ends = {round(curve[0], 9) for curve in chosen.curve.values()}
+    ends = {round(curve[2][0], 9) for curve in chosen.curve.values()}
     assert len(ends) == 1  # alpha = 0 is the device's order on every scale
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_each_age_of_a_list_has_the_share_that_is_best_for_it(made, steps):
+    trial = trial_of(made, steps)
+    chosen = chosen_for(trial, norm="minmax")
+    ages = [0, 2] if steps == 1 else [0, 1, 2, 3]
+    assert list(chosen.curve["minmax"]) == ages and len(chosen.alpha) == ages[-1] + 1
+    for age in ages:
+        curve, step = chosen.curve["minmax"][age], trial.at(age) if age else trial.fresh
+        assert curve[round(10 * chosen.alpha[age])] == max(curve)
+        ranks = step.rank(FUSIONS["linear"](chosen.alpha, "minmax")).tolist()
+        assert row_metric(ranks, "NDCG", 5).mean() == pytest.approx(max(curve))
+    if steps == 1:
+        assert chosen.alpha[1] == chosen.alpha[2]
+
+
+def test_one_share_for_all_ages_is_the_best_for_those_that_come(made):
+    trial = trial_of(made, 4)
+    asks = at_random(0.2)
+    chosen = chosen_for(trial, alpha_by_age=False, norm="minmax", policy="random")
+    assert len(set(chosen.alpha)) == 1
+    scores = [trial.run(asks, FUSIONS["linear"]([alpha], "minmax"), "NDCG", 5)[1].mean() for alpha in ALPHAS]
+    assert chosen.score == pytest.approx(max(scores)) and chosen.alpha[0] == ALPHAS[int(np.argmax(scores))]
+
+
+def test_a_share_that_is_given_is_that_of_all_ages(made):
+    chosen = chosen_for(trial_of(made, 4), alpha=0.35)
+    assert set(chosen.alpha) == {0.35}
+    assert all(len(scores) == len(ALPHAS) for scores in chosen.curve[chosen.norm].values())
 
 
 def test_a_learned_policy_finds_a_gain_that_a_feature_tells(made):

@@ -84,7 +84,7 @@ class LSC4Rec(SequentialRecommender):
         self.device_model = get_model(config["device_model"])(device_config(config), dataset)
         draw_by_token(self.device_model, dataset)
         self.register_buffer("popularity", torch.zeros(self.n_items))
-        self.alpha = 0.5 if self.settings.alpha is None else self.settings.alpha
+        self.alpha = [0.5 if self.settings.alpha is None else self.settings.alpha]
         self.norm = "minmax" if self.settings.norm == "auto" else self.settings.norm
         self.cloud_file: str | None = None
         self.other_parameter_name = ["alpha", "norm", "cloud_file"]
@@ -93,7 +93,7 @@ class LSC4Rec(SequentialRecommender):
 
     @property
     def fusion(self):
-        """How cloud and device are one: a function of their scores and of which are candidates."""
+        """How cloud and device are one: a function of their scores, of which are candidates, and of the age of the list."""
         return FUSIONS[self.settings.fusion](self.alpha, self.norm)
 
     def forward(self, *args):
@@ -110,16 +110,17 @@ class LSC4Rec(SequentialRecommender):
         most = self.device_model.max_seq_length
         own = {self.ITEM_SEQ: most_recent(history, length, most), self.ITEM_SEQ_LEN: length.clamp(max=most)}
         batch = type(interaction)(interaction.interaction | own)
-        items, cloud = self._candidates(interaction)
-        if items is None:
+        found = self._candidates(interaction)
+        if found is None:
             return self._alone(batch)
+        items, cloud, age = found
         device = self.scorer.scores(batch, items)
         if self.settings.own_candidates:
             known = self.at_hand is not None and POINTER in interaction
             whole = self.scorer.whole(batch, self.at_hand.met if known else None)
             items, cloud, device = with_own(items, cloud, device, *best_of(whole, self.settings.own_candidates))
         there = items > 0
-        place = places(self.fusion(cloud, device, there), there)
+        place = places(self.fusion(cloud, device, there, age), there)
         # popularity is at most the number of rows, so that this lies between -2 and -1
         rest = self.popularity / (self.popularity.max() + 1) - 2
         scores = rest.expand(len(items), -1).clone()
@@ -146,17 +147,18 @@ class LSC4Rec(SequentialRecommender):
             )
         return self.device_model.full_sort_predict(interaction)
 
-    def _candidates(self, interaction) -> tuple[Tensor | None, Tensor | None]:
-        """The list of each row [B, K], and the cloud's scores; None while there is no cloud."""
+    def _candidates(self, interaction) -> tuple[Tensor, ...] | None:
+        """The list of each row [B, K], the cloud's scores, how far it is behind [B]; None while there is no cloud."""
         device = self.popularity.device
         if self.at_hand is not None and POINTER in interaction:
             found = self.at_hand.of(interaction[POINTER].cpu())
         elif self.cloud_file is None:
-            return None, None
+            return None
         else:
             history, length = interaction[self.ITEM_SEQ].cpu(), interaction[self.ITEM_SEQ_LEN].cpu()
             known = (length - self.settings.lag).clamp_min(1)
-            found = proposed(self._elsewhere.cloud(self.cloud_file), history, known, self.settings.candidates)
+            lists = proposed(self._elsewhere.cloud(self.cloud_file), history, known, self.settings.candidates)
+            found = *lists, length - known
         return tuple(each.to(device) for each in found)
 
 
@@ -296,7 +298,8 @@ class LSC4RecTrainer(SequenceTrainer):
             model.cloud_file = str(self.cloud.file)
         self._forget()
         self.fusions = best_fusion(self.trial("valid"), settings, self.config["valid_metric"])
-        model.alpha, model.norm = self.fusions.alpha, self.fusions.norm
+        if self.fusions.curve:
+            model.alpha, model.norm = self.fusions.alpha, self.fusions.norm
         self.logger.info(self.fusions.sentence())
         self.best_valid_score = self.fusions.score
         self.best_valid_result = OrderedDict({self.config["valid_metric"].lower(): self.fusions.score})
