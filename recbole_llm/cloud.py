@@ -23,7 +23,7 @@ from recbole_llm.checkpoint import read_checkpoint, read_weights
 from recbole_llm.config import check_topk, shared
 from recbole_llm.identity import data_digest, log_digest
 from recbole_llm.knowledge import FORMAT, Knowledge
-from recbole_llm.sequences import Log
+from recbole_llm.sequences import Log, latest
 from recbole_llm.teacher import folder_of, identity, rank, ready
 from recbole_llm.timeline import Timeline
 
@@ -185,10 +185,9 @@ def proposed(model: Any, items: Tensor, length: Tensor, k: int) -> tuple[Tensor,
 
 def most_recent(items: Tensor, length: Tensor, most: int) -> Tensor:
     """The last items of histories that are padded on the right, as long as `most` [B, most]. Args: items [B, L]; length [B]."""
-    kept = length.clamp(max=most).unsqueeze(1)
-    column = torch.arange(most, device=items.device)
-    at = (length.unsqueeze(1) - kept + column).clamp(max=items.shape[1] - 1)
-    return torch.where(column < kept, items.gather(1, at), 0)
+    there = torch.arange(items.shape[1], device=items.device) < length.unsqueeze(1)
+    kept, _ = latest(items.where(there, 0), most)
+    return torch.nn.functional.pad(kept, (0, most - kept.shape[1]))
 
 
 def refuse_foreign(checkpoint: str, history: Any) -> None:
