@@ -33,8 +33,15 @@ FOLDS = 2
 
 
 def share_at(alpha: Sequence[float], age: Tensor) -> Tensor:
-    """The cloud's share in lists of some ages; older ones have the last [B, 1]. Args: alpha, by age from 0; age [B]."""
-    return torch.tensor(alpha, device=age.device)[age.clamp(max=len(alpha) - 1)].unsqueeze(1)
+    """The cloud's share in lists of some ages [B, 1]; beyond the last known age it falls as 1 / age.
+
+    Args:
+        alpha: By age from 0; a single one is that of all ages.
+        age: [B].
+    """
+    known = torch.tensor(alpha, device=age.device)[age.clamp(max=len(alpha) - 1)]
+    beyond = (len(alpha) - 1) / age.clamp_min(max(1, len(alpha) - 1)) if len(alpha) > 1 else 1.0
+    return (known * beyond).unsqueeze(1)
 
 
 class Trial:
@@ -150,7 +157,7 @@ class Fusions:
     """What was tried on validation, and what did best.
 
     Args:
-        alpha: Share of the cloud by the age of its list, from 0; None of the authors' fusion.
+        alpha: Share of the cloud by the age of its list, from 0, or a single one; None of the authors' fusion.
         norm: Scale of both scores; None of the authors' fusion.
         score: The metric with these, if as many ask as `lsc_rate` says, whoever they are.
         metric: Its name.
@@ -168,7 +175,8 @@ class Fusions:
         if not self.curve:
             return f"Fusion as in the authors' code: {self.metric} {self.score:.4f} on validation."
         parts = [
-            f"{self.alpha[age]:g} in lists {age} behind (device's order {scores[0]:.4f}, cloud's {scores[-1]:.4f}, best {max(scores):.4f})"
+            f"{float(share_at(self.alpha, torch.tensor([age]))):.2g} in lists {age} behind (device's order {scores[0]:.4f}, cloud's "
+            f"{scores[-1]:.4f}, best {max(scores):.4f})"
             for age, scores in self.curve[self.norm].items()
         ]
         return (
@@ -214,6 +222,7 @@ def best_fusion(trial: Trial, settings: Any, valid_metric: str) -> Fusions:
     chosen = dict(zip(steps, best_of(found[norm]), strict=True))
     # a list of an age that was not tried is fused as the next older one
     alpha = [tried[chosen[min(known for known in steps if known >= age)]] for age in range(max(steps) + 1)]
+    alpha = alpha if settings.alpha_by_age and settings.alpha is None else alpha[:1]
     curve = {
         norm: {age: scores[: len(ALPHAS)].tolist() for age, scores in zip(steps, each, strict=True)}
         for norm, each in found.items()

@@ -6,7 +6,7 @@ import torch
 
 import recbole_llm
 from recbole_llm.cloud import Lists
-from recbole_llm.collaboration import ALPHAS, FUSIONS, Costs, Learned, Trial, best_fusion, policy_of
+from recbole_llm.collaboration import ALPHAS, FUSIONS, Costs, Learned, Trial, best_fusion, policy_of, share_at
 from recbole_llm.device import Device
 from recbole_llm.policies import SIGNALS, always, at_random, by_signal, gain_of, never, oracle, periodically
 from recbole_llm.replay import Policy, Replay
@@ -376,18 +376,24 @@ def test_each_age_of_a_list_has_the_share_that_is_best_for_it(made, steps):
         assert chosen.alpha[1] == chosen.alpha[2]
 
 
+def test_beyond_the_ages_that_were_tried_the_share_falls_with_age():
+    ages = torch.tensor([0, 1, 3, 4, 12])
+    assert share_at([0.4, 0.3, 0.2, 0.2], ages)[:, 0].tolist() == pytest.approx([0.4, 0.3, 0.2, 0.15, 0.05])
+    assert share_at([0.4], ages)[:, 0].tolist() == pytest.approx([0.4] * 5)
+
+
 def test_one_share_for_all_ages_is_the_best_for_those_that_come(made):
     trial = trial_of(made, 4)
     asks = at_random(0.2)
     chosen = chosen_for(trial, alpha_by_age=False, norm="minmax", policy="random")
-    assert len(set(chosen.alpha)) == 1
+    assert len(chosen.alpha) == 1
     scores = [trial.run(asks, FUSIONS["linear"]([alpha], "minmax"), "NDCG", 5)[1].mean() for alpha in ALPHAS]
     assert chosen.score == pytest.approx(max(scores)) and chosen.alpha[0] == ALPHAS[int(np.argmax(scores))]
 
 
 def test_a_share_that_is_given_is_that_of_all_ages(made):
     chosen = chosen_for(trial_of(made, 4), alpha=0.35)
-    assert set(chosen.alpha) == {0.35}
+    assert chosen.alpha == [0.35]
     assert all(len(scores) == len(ALPHAS) for scores in chosen.curve[chosen.norm].values())
 
 
