@@ -1,6 +1,6 @@
 """How a causal language model writes: where a written title ends, which tokens may follow, and the greedy loop.
 
-The greedy loop computes the beginning that all prompts share once, and stops paying for rows that are finished.
+The beginning that all prompts share is computed once, a prompt once for all of its beams, and rows that are finished cost nothing.
 """
 
 import copy
@@ -101,19 +101,8 @@ def shared_cache(network: nn.Module, tokens: Sequence[int], device: Any) -> Any 
     return cache if plain and accepts(network, "position_ids") else None
 
 
-@torch.inference_mode()
-def greedy(
-    network: nn.Module,
-    rows: Sequence[Sequence[int]],
-    *,
-    cache: Any | None,
-    cached: int,
-    pad: int,
-    max_new_tokens: int,
-    complete: Callable[[Sequence[int]], bool],
-    trie: Trie | None = None,
-) -> list[list[int]]:
-    """Write on with the likeliest token until every row is complete.
+class Reading:
+    """A network that reads prompts, and then what is written behind them; what it has read stands in its cache.
 
     Args:
         network: A causal language model in evaluation mode.
@@ -121,6 +110,64 @@ def greedy(
         cache: What `shared_cache` made of the first `cached` tokens of every row; it is not changed.
         cached: Number of tokens in the cache; 0 without one.
         pad: Any token.
+
+    Attributes:
+        logits: What may follow each row [B, V] float32.
+    """
+
+    def __init__(self, network: nn.Module, rows: Sequence[Sequence[int]], cache: Any | None, cached: int, pad: int):
+        self.network = network
+        self._last_only = {"logits_to_keep": 1} if accepts(network, "logits_to_keep") else {}
+        device = next(network.parameters()).device
+        ids, mask = padded([row[cached:] for row in rows], pad, device, left=True)
+        self._mask = torch.cat([mask.new_ones(len(rows), cached), mask], dim=1)
+        self._cache = copy.deepcopy(cache) if cached else None
+        if cached:
+            self._cache.batch_repeat_interleave(len(rows))
+        self._read(ids, (self._mask.cumsum(1) - 1).clamp_min(0)[:, cached:])
+
+    def _read(self, ids: torch.Tensor, positions: torch.Tensor) -> None:
+        out = self.network(
+            input_ids=ids,
+            attention_mask=self._mask,
+            position_ids=positions,
+            past_key_values=self._cache,
+            use_cache=True,
+            **self._last_only,
+        )
+        self._cache, self.logits = out.past_key_values, out.logits[:, -1].float()
+
+    def write(self, index: Sequence[int] | None, tokens: Sequence[int]) -> None:
+        """Write one token behind each of some rows, and go on with these rows alone.
+
+        Args:
+            index: The rows, as places among the present ones, one of them maybe several times; None for all.
+            tokens: What is written behind each.
+        """
+        device = self.logits.device
+        if index is not None:
+            chosen = torch.tensor(index, device=device)
+            self._cache.batch_select_indices(chosen)
+            self._mask = self._mask[chosen]
+        self._mask = torch.cat([self._mask, self._mask.new_ones(len(tokens), 1)], dim=1)
+        self._read(torch.tensor(tokens, device=device)[:, None], self._mask.sum(1, keepdim=True) - 1)
+
+    def allow(self, row: int, tokens: Sequence[int]) -> None:
+        """Let only these tokens follow a row."""
+        chosen = torch.tensor(tokens, dtype=torch.long, device=self.logits.device)
+        only = torch.full_like(self.logits[row], -torch.inf)
+        only[chosen] = self.logits[row, chosen]
+        self.logits[row] = only
+
+
+@torch.inference_mode()
+def greedy(
+    reading: Reading, max_new_tokens: int, complete: Callable[[Sequence[int]], bool], trie: Trie | None = None
+) -> list[list[int]]:
+    """Write on with the likeliest token until every row is complete; rows that are complete cost nothing more.
+
+    Args:
+        reading: Of the prompts.
         max_new_tokens: Rows that are not complete by then are cut off.
         complete: Tells from the written tokens of one row whether it is complete.
         trie: Only these answers may be written.
@@ -128,50 +175,82 @@ def greedy(
     Returns:
         The written tokens of each row, the last one being the one that completed it.
     """
-    device = next(network.parameters()).device
-    ids, mask = padded([row[cached:] for row in rows], pad, device, left=True)
-    mask = torch.cat([mask.new_ones(len(rows), cached), mask], dim=1)
-    positions = (mask.cumsum(1) - 1).clamp_min(0)[:, cached:]
-    if cached:
-        cache = copy.deepcopy(cache)
-        cache.batch_repeat_interleave(len(rows))
-    last_only = {"logits_to_keep": 1} if accepts(network, "logits_to_keep") else {}
-    written: list[list[int]] = [[] for _ in rows]
-    active = list(range(len(rows)))
-    for _ in range(max_new_tokens):
-        out = network(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache if cached else None,
-            use_cache=True,
-            **last_only,
-        )
-        cache, cached = out.past_key_values, 1
-        logits = out.logits[:, -1].float()
+    written: list[list[int]] = [[] for _ in reading.logits]
+    active = list(range(len(written)))
+    for length in range(1, max_new_tokens + 1):
         if trie is not None:
             for place, row in enumerate(active):
-                following = torch.tensor(trie.following(written[row]), device=device)
-                only = torch.full_like(logits[place], -torch.inf)
-                only[following] = logits[place, following]
-                logits[place] = only
-        tokens = logits.argmax(-1)
-        going = []
-        for place, (row, token) in enumerate(zip(active, tokens.tolist(), strict=True)):
+                reading.allow(place, trie.following(written[row]))
+        tokens, going = reading.logits.argmax(-1).tolist(), []
+        for place, (row, token) in enumerate(zip(active, tokens, strict=True)):
             written[row].append(token)
             if not complete(written[row]):
                 going.append(place)
+        if not going or length == max_new_tokens:
+            break
+        reading.write(going if len(going) < len(active) else None, [tokens[place] for place in going])
+        active = [active[place] for place in going]
+    return written
+
+
+@torch.inference_mode()
+def beams_of(
+    reading: Reading,
+    beams: int,
+    ends: int,
+    max_new_tokens: int,
+    complete: Callable[[Sequence[int]], bool],
+    trie: Trie | None = None,
+) -> list[list[int]]:
+    """Like `greedy`, but the best of several beams by mean log-probability of their tokens, as Hugging Face's `generate` finds it.
+
+    A prompt is read once, not once per beam, and a row is left as soon as none of its beams can become the best.
+
+    Args:
+        reading: Of the prompts.
+        beams: How many answers of a row are followed.
+        ends: How many tokens end an answer by themselves; so many more continuations are looked at.
+        max_new_tokens: Rows that are not complete by then are cut off.
+        complete: Tells from the written tokens of one row whether it is complete.
+        trie: Only these answers may be written.
+    """
+    active = list(range(len(reading.logits)))
+    running: list[list[list[int]]] = [[[]] for _ in active]
+    finished: list[list[tuple[float, list[int]]]] = [[] for _ in active]
+    score = torch.zeros(len(active), 1, device=reading.logits.device)
+    for length in range(1, max_new_tokens + 1):
+        reading.logits = reading.logits.log_softmax(-1)  # over all tokens, whatever is allowed
+        if trie is not None:
+            for place, written in enumerate(beam for row in active for beam in running[row]):
+                reading.allow(place, trie.following(written))
+        follows = reading.logits.view(*score.shape, -1) + score[:, :, None]
+        count = follows.shape[2]
+        found = follows.flatten(1).topk(min(max(2, 1 + ends) * beams, follows[0].numel()), dim=1)
+        found = zip(active, found.values.tolist(), found.indices.tolist(), strict=True)
+        index, tokens, scores, going = [], [], [], []
+        for place, (row, values, indices) in enumerate(found):
+            best = []
+            for rank, (value, at) in enumerate(zip(values, indices, strict=True)):
+                written = [*running[row][at // count], at % count]
+                if value == -torch.inf:
+                    break
+                if length == max_new_tokens or complete(written):
+                    finished[row] += [(value / length, written)] * (rank < beams)
+                elif len(best) < beams:
+                    best.append((value, place * score.shape[1] + at // count, written))
+            finished[row] = sorted(finished[row], key=lambda one: -one[0])[:beams]
+            if best and (len(finished[row]) < beams or best[0][0] / length > finished[row][-1][0]):
+                best += [(-torch.inf, *best[0][1:])] * (beams - len(best))
+                running[row] = [written for _, _, written in best]
+                index += [parent for _, parent, _ in best]
+                tokens += [written[-1] for written in running[row]]
+                scores.append([value for value, _, _ in best])
+                going.append(row)
         if not going:
             break
-        if len(going) < len(active):
-            index = torch.tensor(going, device=device)
-            cache.batch_select_indices(index)
-            tokens, mask = tokens[index], mask[index]
-            active = [active[place] for place in going]
-        ids = tokens[:, None]
-        mask = torch.cat([mask, mask.new_ones(len(active), 1)], dim=1)
-        positions = mask.sum(1, keepdim=True) - 1
-    return written
+        reading.write(index, tokens)
+        active, score = going, torch.tensor(scores, device=reading.logits.device)
+    return [max(row, key=lambda one: one[0])[1] for row in finished]
 
 
 class _Complete(transformers.StoppingCriteria):
@@ -197,7 +276,7 @@ def search(
     complete: Callable[[Sequence[int]], bool],
     trie: Trie | None = None,
 ) -> list[list[int]]:
-    """Like `greedy`, but by beam search (`beams` > 1), or for a network whose memory `greedy` cannot handle.
+    """Like `greedy` and `beams_of`, for a network whose memory they cannot handle.
 
     Args:
         network: A causal language model in evaluation mode.

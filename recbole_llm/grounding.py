@@ -24,6 +24,8 @@ INDEXES: dict[str, tuple[str, str]] = {
 }
 
 _QUERIES_AT_A_TIME = 64
+_MARGIN = 16
+"""Items that are looked at beyond those asked for, since the quick distances are a little off."""
 _RECALL_QUERIES = 256
 
 
@@ -31,7 +33,8 @@ class Grounder:
     """All items of a catalogue as vectors, and how close a text's vector is to each.
 
     Dense scores are always exact: a row of them has an entry for every item anyway, so an approximate index could only
-    lose. What `index` names serves `search`.
+    lose. What `index` names serves `search`. Vectors are told from the items' mean, which changes no distance: hidden states of LLMs
+    have a few huge dimensions that nearly all of them share, and without these products of matrices tell distances well.
 
     Args:
         metric: `l2` (score = -distance, not squared) or `cosine` (score = cosine of the angle).
@@ -59,6 +62,7 @@ class Grounder:
         self._faiss = _faiss()
         self._exact = None
         self._fast = None
+        self._centre: Tensor | None = None
 
     def __deepcopy__(self, memo: dict) -> "Grounder":
         # RecBole's get_flops copies the whole model; the index does not change after fit
@@ -76,6 +80,8 @@ class Grounder:
         if item_vectors.dim() != 2 or len(item_vectors) < 2:
             raise ValueError(f"item_vectors: shape [n_items > 1, d] needed; there is {list(item_vectors.shape)}.")
         self.n_items, self.width = item_vectors.shape
+        if self.metric == "l2":
+            self._centre = item_vectors[1:].detach().to("cpu", torch.float64).mean(dim=0).float()
         vectors = self._prepared(item_vectors[1:])
         self._exact = self._built("Flat", vectors)
         self._fast = self._exact
@@ -118,7 +124,12 @@ class Grounder:
             items [B, k] int64, internal ids, and score [B, k] float32. Where the index knows no more items, item 0 with
             score -inf stands.
         """
-        items, score = self._found(self._fast, vectors, min(k, self.n_items - 1))
+        most = min(k, self.n_items - 1)
+        if self.index == "exact":
+            parts = [self._refined(chunk, most) for chunk in vectors.split(_QUERIES_AT_A_TIME)]
+            items, score = (torch.cat(column) for column in zip(*parts, strict=True))
+        else:
+            items, score = self._found(self._fast, vectors, most)
         short = k - items.shape[1]
         items = torch.nn.functional.pad(items, (0, short), value=0)
         score = torch.nn.functional.pad(score, (0, short), value=-torch.inf)
@@ -126,10 +137,26 @@ class Grounder:
         order = by_item.gather(1, score.gather(1, by_item).argsort(dim=1, descending=True, stable=True))
         return items.gather(1, order), score.gather(1, order)
 
-    def _found(self, index, vectors: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def score_of(self, vectors: Tensor, items: Tensor) -> Tensor:
+        """The exact score of some items for each vector, on the CPU [B, K]. Args: vectors [B, d]; items by internal id [B, K]."""
+        known = torch.from_numpy(self._faiss.rev_swig_ptr(self._exact.get_xb(), (self.n_items - 1) * self.width))
+        known = known.view(-1, self.width)[items - 1]
+        vectors = torch.from_numpy(self._prepared(vectors)).unsqueeze(1)
+        if self.metric == "cosine":
+            return (known * vectors).sum(dim=2)
+        return -(known - vectors).square().sum(dim=2).sqrt()
+
+    def _refined(self, vectors: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The k nearest of the nearest by quick distances, by exact ones; of equals the smaller id."""
+        items, _ = self._found(self._fast, vectors, min(k + _MARGIN, self.n_items - 1), direct=False)
+        items = items.sort(dim=1).values
+        score, place = self.score_of(vectors, items).sort(dim=1, descending=True, stable=True)
+        return items.gather(1, place)[:, :k], score[:, :k]
+
+    def _found(self, index, vectors: Tensor, k: int, direct: bool = True) -> tuple[Tensor, Tensor]:
         if index is None:
             raise RuntimeError("Grounder: no items yet; call fit(item_vectors) first.")
-        with _threads(self._faiss, torch.get_num_threads()):
+        with _threads(self._faiss, torch.get_num_threads(), direct):
             found, place = index.search(self._prepared(vectors), k)
         items = torch.from_numpy(place).long() + 1  # FAISS says -1 for "none", which becomes the padding item
         found = torch.from_numpy(found)
@@ -144,6 +171,8 @@ class Grounder:
             raise ValueError("vectors: some are not finite; check the dtype of the language model that made them.")
         if self.metric == "cosine":
             vectors = torch.nn.functional.normalize(vectors, dim=1)
+        elif self._centre is not None:
+            vectors = vectors - self._centre
         return vectors.contiguous().numpy()
 
     def _built(self, factory: str, vectors):
@@ -258,15 +287,15 @@ def _faiss() -> ModuleType:
 
 
 @contextmanager
-def _threads(faiss: ModuleType, threads: int) -> Iterator[None]:
-    """FAISS with so many threads, and with direct distances whatever the number of queries.
+def _threads(faiss: ModuleType, threads: int, direct: bool = True) -> Iterator[None]:
+    """FAISS with so many threads, and with direct distances whatever the number of queries, or with quick ones.
 
-    For many or wide queries FAISS expands ||x - y||^2 by BLAS. Hidden states of LLMs have a few huge dimensions, and
-    there the expansion gives a text that equals a title a distance of .45 instead of 0 (measured, norms of 300).
-    Threads are set and set back because FAISS may share torch's OpenMP runtime, and with it the number.
+    For many or wide queries FAISS expands ||x - y||^2 by BLAS, ten times as fast. Hidden states of LLMs have a few huge dimensions,
+    and there the expansion gives a text that equals a title a distance of .45 instead of 0 (measured, norms of 300, no mean taken
+    away). Threads are set and set back because FAISS may share torch's OpenMP runtime, and with it the number.
     """
     threshold, before = faiss.cvar.distance_compute_blas_threshold, faiss.omp_get_max_threads()
-    faiss.cvar.distance_compute_blas_threshold = 2**31 - 1
+    faiss.cvar.distance_compute_blas_threshold = 2**31 - 1 if direct else 0
     faiss.omp_set_num_threads(threads)
     try:
         yield

@@ -227,7 +227,8 @@ class LanguageModel:
         if not prompts:
             return []
         network = self._writer()
-        rows = self._tokens.shortened(self._tokens.of(prompts), self._tokens.context - max_new_tokens)
+        different = list(dict.fromkeys(prompts))  # what is asked again is answered once
+        rows = self._tokens.shortened(self._tokens.of(different), self._tokens.context - max_new_tokens)
         known = [] if prefix is None else self._tokens.of([prefix])
         shared = decoding.common_prefix([*rows, *known])
         trie = None if allowed is None else decoding.Trie(allowed, self._tokens.end)
@@ -240,21 +241,28 @@ class LanguageModel:
                 return not trie.following(written)
             return decoding.end_of_title(self._tokens.text(written)) is not None
 
-        cache = decoding.shared_cache(network, rows[0][: max(1, shared)], self.device) if beams == 1 else None
+        cache = decoding.shared_cache(network, rows[0][: max(1, shared)], self.device)
         texts = [""] * len(rows)
         with tqdm(total=len(rows), desc=description, ncols=100, disable=not progress) as bar:
             for batch in decoding.plan([row[shared:] if cache else row for row in rows], tokens_per_batch):
                 some = [rows[number] for number in batch]
-                limits = {"max_new_tokens": max_new_tokens, "complete": complete, "trie": trie, "pad": self._tokens.pad}
-                if cache is not None:
-                    written = decoding.greedy(network, some, cache=cache, cached=shared, **limits)
+                limits = {"max_new_tokens": max_new_tokens, "complete": complete, "trie": trie}
+                if cache is None:
+                    pad = self._tokens.pad
+                    written = decoding.search(network, some, beams=beams, ends=sorted(ends), pad=pad, **limits)
                 else:
-                    written = decoding.search(network, some, beams=beams, ends=sorted(ends), **limits)
+                    reading = decoding.Reading(network, some, cache, shared, self._tokens.pad)
+                    written = (
+                        decoding.greedy(reading, **limits)
+                        if beams == 1
+                        else decoding.beams_of(reading, beams, len(ends), **limits)
+                    )
                 for number, tokens in zip(batch, written, strict=True):
                     text = self._tokens.text(tokens)
                     texts[number] = text[: decoding.end_of_title(text)] if trie is None else text
                 bar.update(len(batch))
-        return texts
+        answers = dict(zip(different, texts, strict=True))
+        return [answers[prompt] for prompt in prompts]
 
     @torch.inference_mode()
     def embed(

@@ -76,6 +76,33 @@ def test_reweighting_changes_ranks_but_not_the_scores_that_confidence_rests_on(m
     assert torch.equal(again, target) and score[0, 1] == plain[0][plain_items[0] == popular]
 
 
+@pytest.mark.parametrize("index", ["exact", "hnsw"])
+def test_candidates_are_those_of_the_full_ranking(ring, tiny_lm, index):
+    trained = scripted(
+        Trained("BIGRec", ring, tiny_lm, ground_index=index), ["coral otter", "violet tigers", "", "coral"]
+    )
+    batch, model = trained.batch(4), trained.model
+    items, score, target = rank(model, batch, 6)
+    scores = trained.scores(batch)
+    # letters' counts are whole, so many items are equally far
+    assert torch.allclose(score, scores.topk(6).values, atol=1e-5) and torch.allclose(
+        scores.gather(1, items), score, atol=1e-5
+    )
+    assert all(len(set(row)) == 6 and 0 not in row for row in items.tolist())
+    assert torch.allclose(target, scores.gather(1, batch[model.ITEM_ID].unsqueeze(1))[:, 0], atol=1e-5)
+    assert len(model.outputs) == 8, "what was written is kept both times"
+
+
+def test_no_title_is_embedded_twice(model, monkeypatch):
+    scripted(model, ["coral otters", "no such animal"])
+    model.model.item_embeddings()
+    asked, embed = [], model.model.lm.embed
+    monkeypatch.setattr(model.model.lm, "embed", lambda texts, **how: asked.append(list(texts)) or embed(texts, **how))
+    for _ in range(2):
+        rank(model.model, model.batch(4), 5)
+    assert asked == [["coral otters", "no such animal"]]
+
+
 def test_collaborative_statistics_come_from_a_saved_model(ring, tiny_lm):
     folder = Path(run_recbole_llm("SASRec", "ring", config_dict=ring_settings(ring, "SASRec", epochs=25))["folder"])
     file = str(folder / "model.safetensors")

@@ -79,6 +79,14 @@ def test_search_agrees_with_scores_and_never_finds_padding(metric, index):
     assert agreement == 1 if index == "exact" else agreement > 0.8
 
 
+def test_the_score_of_an_item_is_that_of_the_search():
+    items, texts = points(300), points(40, seed=1)
+    for metric in grounding.METRICS:
+        grounder = Grounder(metric).fit(items)
+        found, score = grounder.search(texts, 7)
+        assert torch.equal(grounder.score_of(texts, found), score)
+
+
 def test_equal_items_come_in_the_order_of_their_ids_and_short_lists_end_in_item_zero():
     items = torch.tensor([[0.0], [2.0], [1.0], [1.0], [1.0]])
     found, score = Grounder("l2").fit(items).search(torch.tensor([[1.0]]), 6)

@@ -340,11 +340,53 @@ def test_what_is_written_does_not_depend_on_batches_order_or_shared_beginnings(m
         assert model.generate(prompts[::-1], max_new_tokens=12, progress=False, **settings) == alone[::-1]
 
 
-def test_the_greedy_loop_writes_what_hugging_face_writes(model, monkeypatch):
-    prompts = ["a", "something longer", "the in"]
-    mine = model.generate(prompts, max_new_tokens=12, progress=False)
+@pytest.mark.parametrize("beams", [1, 2, 4])
+@pytest.mark.parametrize("allowed", [None, ['"red"\n', '"red in 0"\n', '"reddish thing"\n', '"blue"\n', '"the in"\n']])
+@pytest.mark.parametrize("make", ["llama", "gpt2"])
+def test_it_writes_what_hugging_face_writes(model, tiny_lm, tmp_path, monkeypatch, beams, allowed, make):
+    if make == "gpt2":
+        model = gpt2(tiny_lm, tmp_path / "gpt2")
+    prompts = [f"Words. {text}" for text in ("a", "something longer", "the in", "x" * 40, "", "q w e", '"a" and "b')]
+    how = {"beams": beams, "max_new_tokens": 14, "progress": False}
+    how |= {"allowed": model.answer_tokens(allowed)} if allowed else {}
+    ours = model.generate(prompts, **how)
     monkeypatch.setattr(decoding, "shared_cache", lambda *_: None)
-    assert model.generate(prompts, max_new_tokens=12, progress=False) == mine
+    theirs = model.generate(prompts, **how)
+    assert ours == theirs and len(set(ours)) > 1
+
+
+def test_beams_of_a_tuned_model_end_as_hugging_faces_do(tuned, monkeypatch):
+    """Its answers end after tokens of different numbers, so beams finish and are overtaken."""
+    prompts = [*PROMPTS, "never heard of", "red"]
+    ours = tuned.generate(prompts, beams=4, progress=False)
+    monkeypatch.setattr(decoding, "shared_cache", lambda *_: None)
+    assert tuned.generate(prompts, beams=4, progress=False) == ours
+
+
+def test_what_is_asked_again_is_answered_once(model, monkeypatch):
+    sizes, read = [], decoding.Reading
+    monkeypatch.setattr(
+        decoding, "Reading", lambda network, rows, *rest: sizes.append(len(rows)) or read(network, rows, *rest)
+    )
+    texts = model.generate(["a", "b", "a", "a"], max_new_tokens=5, progress=False)
+    assert sizes == [2] and texts[0] == texts[2] == texts[3] != texts[1]
+
+
+@pytest.mark.parametrize("beams", [1, 4])
+def test_a_prompt_is_read_once_whatever_the_beams(model, monkeypatch, beams):
+    read = []
+    network = model._writer()
+    forward = network.forward
+
+    def counting(input_ids, attention_mask=None, position_ids=None, logits_to_keep=0, **rest):
+        read.append(input_ids.shape)
+        rest |= {"attention_mask": attention_mask, "position_ids": position_ids, "logits_to_keep": logits_to_keep}
+        return forward(input_ids=input_ids, **rest)
+
+    monkeypatch.setattr(network, "forward", counting)
+    model.generate(["Say something about a", "Say something about bb"], max_new_tokens=6, beams=beams, progress=False)
+    assert read[0][0] == 1 and read[1][0] == 2  # what both begin with, then the rest of each
+    assert all(width == 1 and rows <= 2 * beams for rows, width in read[2:])
 
 
 def test_finished_rows_are_not_computed_any_more(tuned, monkeypatch):
@@ -354,13 +396,8 @@ def test_finished_rows_are_not_computed_any_more(tuned, monkeypatch):
 
     def counting(input_ids, attention_mask=None, position_ids=None, logits_to_keep=0, **rest):
         sizes.append(len(input_ids))
-        return forward(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            logits_to_keep=logits_to_keep,
-            **rest,
-        )
+        rest |= {"attention_mask": attention_mask, "position_ids": position_ids, "logits_to_keep": logits_to_keep}
+        return forward(input_ids=input_ids, **rest)
 
     monkeypatch.setattr(network, "forward", counting)
     tuned.generate(PROMPTS, max_new_tokens=64, progress=False)

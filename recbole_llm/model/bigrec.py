@@ -38,6 +38,7 @@ class Shared:
         self.grounder: Grounder | None = None
         self.collaborator = None
         self.vectors: dict[str, Tensor] = {}
+        self.written: dict[str, Tensor] = {}
 
     def __deepcopy__(self, memo):
         return self
@@ -182,26 +183,40 @@ class BIGRec(Teacher):
         return [read_answer(text) for text in texts]
 
     def vectors_of(self, titles: list[str]) -> Tensor:
-        """Vectors of written titles [B, d]; a title of the catalogue is never embedded again, an empty text is its mean."""
-        table = self.item_embeddings()
-        new, unknown = {}, sorted({title for title in titles if title} - self.shared.vectors.keys())
+        """Vectors of written titles [B, d]; no title is embedded twice, an empty text is the catalogue's mean."""
+        table, written = self.item_embeddings(), self.shared.written
+        unknown = sorted({title for title in titles if title} - self.shared.vectors.keys() - written.keys())
         if unknown:
-            new = dict(zip(unknown, self.encoder.embed(unknown), strict=True))
-        known = self.shared.vectors | new
-        return torch.stack([known[title] if title else table[1:].mean(dim=0) for title in titles])
+            written |= zip(unknown, self.encoder.embed(unknown), strict=True)
+        vectors = [self.shared.vectors.get(title, written.get(title)) for title in titles]
+        mean = table[1:].mean(dim=0)
+        return torch.stack([mean if vector is None else vector for vector in vectors])
 
     def full_sort_predict(self, interaction):
         """Minus the distance from the written title to every item [B, n_items]; re-weighted if the settings say so."""
+        scores = self.plain_scores = self.grounded(self.vectors_after(interaction)).to(self.device)
+        if self.gamma and self.reweight != "none":
+            scores = with_finite_padding(-reweight(-scores, self.statistics(interaction), self.gamma))
+        return scores.clone()  # RecBole writes into what it is given
+
+    def vectors_after(self, interaction) -> Tensor:
+        """Vectors of what the LLM writes after each history [B, d]; what it wrote is kept in `outputs`."""
         histories = interaction[self.ITEM_SEQ]
         titles = self.write_titles(histories)
         seen = [set(self.text.of(row)) for row in histories.cpu()]
         self.outputs += [
             (title, title in self.catalogue, title in past) for title, past in zip(titles, seen, strict=True)
         ]
-        scores = self.plain_scores = self.grounded(self.vectors_of(titles)).to(self.device)
+        return self.vectors_of(titles)
+
+    def candidates(self, batch, k):
+        """Like any teacher's, but nobody looks at the distances to all items unless they are re-weighted."""
         if self.gamma and self.reweight != "none":
-            scores = with_finite_padding(-reweight(-scores, self.statistics(interaction), self.gamma))
-        return scores.clone()  # RecBole writes into what it is given
+            return super().candidates(batch, k)
+        vectors = self.vectors_after(batch)
+        items, score = self.grounder.search(vectors, k)
+        target = self.grounder.score_of(vectors, batch[self.ITEM_ID].cpu().unsqueeze(1))
+        return items, with_finite_tail(score), target.squeeze(1)
 
     def grounded(self, vectors: Tensor) -> Tensor:
         """Score of every item [B, n_items]; items that an approximate index does not find stand below all that it finds."""
@@ -393,6 +408,12 @@ def with_finite_padding(scores: Tensor) -> Tensor:
     scores = scores.clone()
     scores[:, 0] = scores[:, 1:].min(dim=1).values - 1
     return scores
+
+
+def with_finite_tail(score: Tensor) -> Tensor:
+    """Scores of candidates, best first [B, K], where the last one's stands where an approximate index found no more."""
+    last = score.masked_fill(score == -torch.inf, torch.inf).amin(dim=1, keepdim=True)
+    return torch.where(score == -torch.inf, last, score)
 
 
 def row_order(dataset: Any) -> Tensor:
