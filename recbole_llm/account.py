@@ -33,6 +33,7 @@ class Row:
         score: The metric on the test steps, mean over users.
         half: Half of its 95 % interval.
         kept: Share of the gain of always asking, its 95 % interval; nan where there is no gain to share.
+        over: What it gains over the strongest of cloud and device alone, its 95 % interval.
         valid: The metric that is expected on the validation targets.
         valid_rate: Requests per recommendation that are expected there.
         costs: What `Costs.of` says, the request rate among it.
@@ -43,6 +44,7 @@ class Row:
     score: float
     half: float
     kept: tuple[float, float, float]
+    over: tuple[float, float, float]
     valid: float
     valid_rate: float
     costs: dict[str, float]
@@ -93,8 +95,8 @@ class Account:
         """The table of policies, and the sentences."""
         metric = self.chosen["metric"].lower()
         head = [
-            "policy", "rate set", "requests", metric, "of the gain kept", "valid", "calls", "target in list", "staleness", "bytes up",
-            "bytes down", "ms", "ms p95",
+            "policy", "rate set", "requests", metric, "of the gain kept", "over the best alone", "valid", "calls", "target in list",
+            "staleness", "bytes up", "bytes down", "ms", "ms p95",
         ]  # fmt: skip
         body = []
         for row in self.rows:
@@ -105,6 +107,7 @@ class Account:
                 f"{costs['request_rate']:.1%}",
                 f"{row.score:.4f} ±{row.half:.4f}",
                 "-" if np.isnan(row.kept[0]) else f"{row.kept[0]:.0%} [{row.kept[1]:.0%}, {row.kept[2]:.0%}]",
+                "{:+.1%} [{:+.1%}, {:+.1%}]".format(*row.over),
                 f"{row.valid:.4f} at {row.valid_rate:.1%}",
                 f"{costs['cloud_calls']:.2f}",
                 f"{costs['candidate_recall']:.1%}",
@@ -170,9 +173,9 @@ class Accountant:
         stale, both, fresh = (next(line for line in lines if line.name == names[at]) for at in (0, 3, 4))
         reranking = next(line for line in lines if line.name == names[2])
         base, most = self._users(both), self._users(fresh)
-        rows, areas, nothing = self._policies(replay, base, most)
-        differences = {other.name: self._gains(both, other) for other in (stale, fresh, reranking, *alone)}
         strongest = max((stale, reranking, *alone), key=lambda line: valid[line.name])
+        rows, areas, nothing = self._policies(replay, base, most, self._users(strongest))
+        differences = {other.name: self._gains(both, other) for other in (stale, fresh, reranking, *alone)}
         sentences = [
             f"Of {stale.name}, {reranking.name} and the device alone, the strongest on validation is {strongest.name} "
             f"({valid[strongest.name]:.4f} there).",
@@ -243,7 +246,7 @@ class Accountant:
         return lines, valid
 
     def _policies(
-        self, replay: Replay, base: np.ndarray, most: np.ndarray
+        self, replay: Replay, base: np.ndarray, most: np.ndarray, strongest: np.ndarray
     ) -> tuple[list[Row], dict[str, tuple], dict[str, str]]:
         """Every policy at every rate, the areas of their curves, and which mean nothing."""
         rows, curves, nothing = [], {}, {}
@@ -268,6 +271,7 @@ class Accountant:
                         float(users.mean()),
                         half_width(users),
                         share_kept(users, base, most),
+                        paired_gain(users, strongest),
                         float(valid.mean()),
                         valid_rate,
                         {key: float(np.mean([cost[key] for cost in costs])) for key in costs[0]},
@@ -307,8 +311,10 @@ class Accountant:
                 )
                 bounds = "" if np.isnan(best.kept[0]) else f" (95 % {best.kept[1]:.0%} to {best.kept[2]:.0%})"
                 asks = f"asks at {best.costs['request_rate']:.1%}"
+                over, low, high = best.over
                 sentences.append(
-                    f"Set to {rate:.0%}, {best.policy} is the best on validation, {asks}, and {kept}{bounds}."
+                    f"Set to {rate:.0%}, {best.policy} is the best on validation, {asks}, and {kept}{bounds}; over the strongest alone: "
+                    f"{over:+.1%} (95 % {low:+.1%} to {high:+.1%})."
                 )
         return sentences
 

@@ -59,6 +59,7 @@ def policies(accounts: Sequence[Account]) -> str:
         "requests",
         accounts[0].chosen["metric"].lower(),
         "of the gain kept",
+        "over the best alone",
         "area less random",
     ]
     body = []
@@ -66,9 +67,8 @@ def policies(accounts: Sequence[Account]) -> str:
         name, areas = rows[0].policy, [account.areas.get(rows[0].policy, (float("nan"),))[0] for account in accounts]
         rates = spread([row.costs["request_rate"] for row in rows], "{:.1%}")
         kept = spread([row.kept[0] for row in rows], "{:.0%}")
-        body.append(
-            [name, f"{rows[0].wished:.0%}", rates, spread([row.score for row in rows]), kept, spread(areas, "{:+.5f}")]
-        )
+        score, over = spread([row.score for row in rows]), spread([row.over[0] for row in rows], "{:+.1%}")
+        body.append([name, f"{rows[0].wished:.0%}", rates, score, kept, over, spread(areas, "{:+.5f}")])
     return draw(head, body)
 
 

@@ -528,6 +528,17 @@ def test_a_run_writes_its_account_and_pictures_and_is_taken_from_its_folder(sour
         and "The target is among the 12 candidates" in first["table"]
     )
     assert all(line.cached for line in again["lines"])
+    # over the best of cloud and device alone, from the same numbers
+    alone = max(
+        (line for line in account.lines if not line.name.startswith("both") and "up to date" not in line.name),
+        key=lambda line: f"the strongest on validation is {line.name} (" in first["table"],
+    )
+    for row in account.rows:
+        assert (
+            row.over[0] == pytest.approx(row.score / alone.metrics["ndcg@5"] - 1)
+            and row.over[1] <= row.over[0] <= row.over[2]
+        )
+    assert "over the strongest alone: " in first["table"] and "over the best alone" in first["table"]
 
 
 def test_runs_of_several_seeds_are_one_table(source):
