@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from transformers.cache_utils import DynamicLayer
 
 from recbole_llm.tokens import padded
 
@@ -101,6 +102,49 @@ def shared_cache(network: nn.Module, tokens: Sequence[int], device: Any) -> Any 
     return cache if plain and accepts(network, "position_ids") else None
 
 
+class Roomy(DynamicLayer):
+    """What one layer has read, with room for what will be written, so that a token more moves that token alone.
+
+    Args:
+        layer: What it has read of the prompts.
+        room: Most tokens that will be written behind them.
+    """
+
+    def __init__(self, layer: Any, room: int):
+        super().__init__()
+        self.dtype, self.device, self.is_initialized = layer.keys.dtype, layer.keys.device, True
+        self.prompt = self.length = layer.keys.shape[-2]
+        self._held = []
+        for known in (layer.keys, layer.values):
+            held = known.new_empty(*known.shape[:2], self.length + room, known.shape[3])
+            held[:, :, : self.length] = known
+            self._held.append(held)
+        self._show()
+
+    def _show(self) -> None:
+        self.keys, self.values = (held[:, :, : self.length] for held in self._held)
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple:
+        """Take what was written, each [B, heads, n, d]; returns all keys and values."""
+        at = self.length
+        self.length += key_states.shape[-2]
+        for held, new in zip(self._held, (key_states, value_states), strict=True):
+            held[:, :, at : self.length] = new
+        self._show()
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Go on with some rows alone."""
+        self._held = [held[indices] for held in self._held]
+        self._show()
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Go on with other beams of the same rows, whose prompts are where they were."""
+        written = slice(self.prompt, self.length)
+        for held in self._held:
+            held[:, :, written] = held[beam_idx, :, written]
+
+
 class Reading:
     """A network that reads prompts, and then what is written behind them; what it has read stands in its cache.
 
@@ -110,13 +154,16 @@ class Reading:
         cache: What `shared_cache` made of the first `cached` tokens of every row; it is not changed.
         cached: Number of tokens in the cache; 0 without one.
         pad: Any token.
+        room: Most tokens that will be written behind a prompt.
 
     Attributes:
         logits: What may follow each row [B, V] float32.
     """
 
-    def __init__(self, network: nn.Module, rows: Sequence[Sequence[int]], cache: Any | None, cached: int, pad: int):
-        self.network = network
+    def __init__(
+        self, network: nn.Module, rows: Sequence[Sequence[int]], cache: Any | None, cached: int, pad: int, room: int
+    ):
+        self.network, self.room = network, room
         self._last_only = {"logits_to_keep": 1} if accepts(network, "logits_to_keep") else {}
         device = next(network.parameters()).device
         ids, mask = padded([row[cached:] for row in rows], pad, device, left=True)
@@ -137,18 +184,22 @@ class Reading:
         )
         self._cache, self.logits = out.past_key_values, out.logits[:, -1].float()
 
-    def write(self, index: Sequence[int] | None, tokens: Sequence[int]) -> None:
+    def write(self, index: Sequence[int] | None, tokens: Sequence[int], beams: bool = False) -> None:
         """Write one token behind each of some rows, and go on with these rows alone.
 
         Args:
             index: The rows, as places among the present ones, one of them maybe several times; None for all.
             tokens: What is written behind each.
+            beams: Whether each place keeps its prompt, and only what was written behind it is another beam's.
         """
         device = self.logits.device
         if index is not None:
             chosen = torch.tensor(index, device=device)
-            self._cache.batch_select_indices(chosen)
+            for layer in self._cache.layers:
+                layer.reorder_cache(chosen) if beams else layer.batch_select_indices(chosen)
             self._mask = self._mask[chosen]
+        if not isinstance(self._cache.layers[0], Roomy):
+            self._cache.layers = [Roomy(layer, self.room) for layer in self._cache.layers]
         self._mask = torch.cat([self._mask, self._mask.new_ones(len(tokens), 1)], dim=1)
         self._read(torch.tensor(tokens, device=device)[:, None], self._mask.sum(1, keepdim=True) - 1)
 
@@ -248,7 +299,7 @@ def beams_of(
                 going.append(row)
         if not going:
             break
-        reading.write(index, tokens)
+        reading.write(index, tokens, beams=len(going) == len(active) and score.shape[1] == beams)
         active, score = going, torch.tensor(scores, device=reading.logits.device)
     return [max(row, key=lambda one: one[0])[1] for row in finished]
 

@@ -251,7 +251,7 @@ class LanguageModel:
                     pad = self._tokens.pad
                     written = decoding.search(network, some, beams=beams, ends=sorted(ends), pad=pad, **limits)
                 else:
-                    reading = decoding.Reading(network, some, cache, shared, self._tokens.pad)
+                    reading = decoding.Reading(network, some, cache, shared, self._tokens.pad, max_new_tokens)
                     written = (
                         decoding.greedy(reading, **limits)
                         if beams == 1

@@ -1,0 +1,204 @@
+"""Rows that BIGRec labels per second: as we do it, and as its authors call Hugging Face; and grounding alone.
+
+`python -m tests.bench.labelling`; half an hour on 2 cores. SmolLM2-135M-Instruct, briefly tuned so that its answers end, labels
+training rows of ml-100k. Peer: `generate` in batches of 8 in the order of the file, padded on the left, 4 beams, up to 32 tokens, float32;
+then the LLM's vector of what was written, torch.cdist to every item and a double argsort. Sides take turns in one process. Floor: the
+multiplications of the prompts' tokens that are not shared and of the answers' tokens, at the rate of a measured matrix product.
+Quality: top-10 lists of our way and of the peer's at equal beams, on the same rows.
+"""
+
+import argparse
+import multiprocessing
+import resource
+import tempfile
+from pathlib import Path
+from time import perf_counter
+
+import psutil
+import torch
+import transformers
+from recbole.data import data_preparation
+from recbole.utils import get_model, init_seed
+
+from recbole_llm.artifacts import write_json
+from recbole_llm.config import Config
+from recbole_llm.dataset import create_dataset
+from recbole_llm.decoding import common_prefix
+from recbole_llm.grounding import Grounder
+from recbole_llm.knowledge import rows_to_label
+from recbole_llm.labelling import Labeller
+from recbole_llm.prompts import answer, read_answer
+from recbole_llm.sequences import Log
+from recbole_llm.tokens import padded
+from recbole_llm.trainer import trainer_class
+
+RESULTS = Path(__file__).parent / "labelling.json"
+BATCH, BEAMS, LONGEST, K = 8, 4, 32, 10
+
+
+def tuned(folder: str, rows: int):
+    """BIGRec on ml-100k after a short tuning, and its training split."""
+    settings = {
+        "show_progress": False, "state": "ERROR", "checkpoint_dir": folder, "seed": 2020, "train_rows": rows, "valid_rows": 32, "epochs": 1,
+        "generate_max_new_tokens": LONGEST,
+    }  # fmt: skip
+    config = Config("BIGRec", "ml-100k", None, settings, read_argv=False)
+    init_seed(2020, True)
+    train, valid, _ = data_preparation(config, create_dataset(config))
+    model = get_model("BIGRec")(config, train._dataset)
+    trainer_class(config)(config, model).fit(train, valid, saved=False)
+    model.item_embeddings()  # both sides have them
+    return model.eval(), train._dataset
+
+
+class AuthorsWay:
+    """Hugging Face's `generate`, distances to all items, a double argsort."""
+
+    def __init__(self, model, log: Log, beams: int):
+        self.model, self.log, self.beams = model, log, beams
+        self.items = model.item_embeddings()
+
+    def write(self, rows: torch.Tensor) -> list[str]:
+        """What the LLM writes for some rows."""
+        lm, written = self.model.lm, []
+        histories, _ = self.log.history(self.log.rows()[rows], self.model.history_length)
+        how = transformers.GenerationConfig(
+            do_sample=False, num_beams=self.beams, max_new_tokens=LONGEST, pad_token_id=lm._tokens.pad,
+            eos_token_id=sorted(lm._tokens.ends),
+        )  # fmt: skip
+        with torch.inference_mode():
+            for some in histories.split(BATCH):
+                ids, mask = padded(lm._tokens.of(self.model.prompts(some)), lm._tokens.pad, lm.device, left=True)
+                found = lm._writer().generate(input_ids=ids, attention_mask=mask, generation_config=how)
+                written += [read_answer(lm._tokens.text(row)) for row in found[:, ids.shape[1] :].tolist()]
+        return written
+
+    def label(self, rows: torch.Tensor) -> torch.Tensor:
+        """The ten best items of each row [R, K]."""
+        vectors = self.model.encoder.embed([title or " " for title in self.write(rows)], batch_size=BATCH)
+        distance = torch.cdist(vectors, self.items[1:])
+        rank = distance.argsort(dim=1).argsort(dim=1)
+        return (rank < K).nonzero()[:, 1].view(len(rows), K) + 1
+
+
+def ours(model, log: Log, rows: torch.Tensor, beams: int) -> torch.Tensor:
+    """The ten best items of each row, labelled in shards as a Knowledge is [R, K]."""
+    model.config["generate_beams"] = beams
+    model.shared.written.clear()
+    found = {}
+    for chosen, of_shard in (labeller := Labeller(model, log, rows.sort().values, K, 64, None)).shards():
+        shard = labeller.label(chosen, of_shard)
+        found |= dict(zip(shard["row"].tolist(), shard["items"], strict=True))
+    return torch.stack([found[row] for row in rows.tolist()])
+
+
+def seconds_of(function, *arguments):
+    """Seconds, and the result."""
+    began = perf_counter()
+    result = function(*arguments)
+    return perf_counter() - began, result
+
+
+def least_seconds(model, log: Log, rows: torch.Tensor) -> float:
+    """What the multiplications of labelling some rows take at the rate of a matrix product of the LLM's own shape."""
+    lm = model.lm
+    histories, _ = log.history(log.rows()[rows], model.history_length)
+    prompts = lm._tokens.of(model.prompts(histories))
+    fresh = sum(map(len, prompts)) - common_prefix(prompts) * (len(prompts) - 1)
+    written = sum(len(lm._tokens.of_answer(answer(title))) for title, _, _ in model.outputs[-len(rows) :])
+    config = lm._network.config
+    head = config.vocab_size * config.hidden_size
+    body = sum(weight.numel() for weight in lm._network.parameters()) - head
+    x, weight = torch.randn(512, config.hidden_size), torch.randn(config.hidden_size, config.intermediate_size)
+    rate = max(2 * x.numel() * weight.shape[1] / seconds_of(torch.mm, x, weight)[0] for _ in range(50))
+    return 2 * (body * fresh + (body + head) * written) / rate
+
+
+def side_of_grounding(ours_or_peer: str, queries: int, items: int, width: int = 576) -> tuple[float, float, list]:
+    """Seconds, bytes that the process grew by at its largest, and the ten best items of each vector, sorted."""
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randn(items + 1, width, generator=generator)
+    table[:, 3] += 300  # hidden states of LLMs have such dimensions
+    noise = 0.5 * torch.randn(queries, width, generator=generator)
+    vectors = table[torch.randint(1, items + 1, (queries,), generator=generator)] + noise
+    grounder = Grounder().fit(table)
+    grounder.search(vectors[:4], K)
+    before = psutil.Process().memory_info().rss
+    if ours_or_peer == "ours":
+        seconds, found = seconds_of(lambda: grounder.search(vectors, K)[0])
+    else:
+        seconds, rank = seconds_of(lambda: torch.cdist(vectors, table[1:]).argsort(dim=1).argsort(dim=1))
+    grown = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    if ours_or_peer == "peer":
+        found = (rank < K).nonzero()[:, 1].view(queries, K) + 1
+    return seconds, grown, found.sort(dim=1).values.tolist()
+
+
+def grounding(queries: int, items: int) -> dict[str, float]:
+    """Both sides of grounding vectors in a catalogue, each in a process of its own, one after the other."""
+    sides = {}
+    for name in ("ours", "peer"):
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            sides[name] = pool.apply(side_of_grounding, (name, queries, items))
+    (fast, fast_memory, found), (slow, slow_memory, expected) = sides["ours"], sides["peer"]
+    return {
+        "ours s": fast, "peer s": slow, "ratio": slow / fast, "ours MB": fast_memory / 1e6, "peer MB": slow_memory / 1e6,
+        "memory ratio": slow_memory / max(1, fast_memory), "equal lists": sum(map(list.__eq__, found, expected)) / queries,
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Take turns, print the table, write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--rows", type=int, default=64, help="rows that the peer labels in a turn; ours labels eight times as many"
+    )
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--quality", type=int, default=256, help="rows whose lists are compared")
+    parser.add_argument("--queries", type=int, default=10_000)
+    parser.add_argument("--items", type=int, default=17_000)
+    asked = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    results = {"threads": torch.get_num_threads(), "grounding": grounding(asked.queries, asked.items)}
+    print({key: round(value, 4) for key, value in results["grounding"].items()})
+    with tempfile.TemporaryDirectory() as folder:
+        model, dataset = tuned(folder, 128)
+        log = Log.from_dataset(dataset)
+        rows = rows_to_label(model, len(log.rows()), 8 * asked.rows, 1)
+        few = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[: asked.rows]].sort().values
+        peers = {beams: AuthorsWay(model, log, beams) for beams in (1, BEAMS)}
+        rates: dict[str, list[float]] = {"authors, 4 beams": [], "ours, 4 beams": [], "ours": []}
+        floor = []
+        for turn in range(asked.turns):
+            rates["authors, 4 beams"].append(len(few) / seconds_of(peers[BEAMS].label, few)[0])
+            rates["ours, 4 beams"].append(len(rows) / 4 / seconds_of(ours, model, log, rows[turn % 4 :: 4], BEAMS)[0])
+            spent, _ = seconds_of(ours, model, log, rows, 1)
+            rates["ours"].append(len(rows) / spent)
+            floor.append(spent / least_seconds(model, log, rows))
+            print(turn, {name: round(each[-1], 2) for name, each in rates.items()}, f"floor {floor[-1]:.2f}")
+        results["rows per second"] = rates
+        results["ours / authors"] = [
+            one / other for one, other in zip(rates["ours"], rates["authors, 4 beams"], strict=True)
+        ]
+        results["ours / authors, 4 beams"] = [
+            one / other for one, other in zip(rates["ours, 4 beams"], rates["authors, 4 beams"], strict=True)
+        ]
+        results["ours / floor"] = floor
+        results["quality"] = {}
+        some = rows_to_label(model, len(log.rows()), asked.quality, 2)
+        targets = log.items[log.rows()[some]].unsqueeze(1)
+        for beams in (1, BEAMS):
+            lists = {"authors": peers[beams].label(some), "ours": ours(model, log, some, beams)}
+            same = (lists["ours"].unsqueeze(2) == lists["authors"].unsqueeze(1)).any(dim=2).float().mean(dim=1)
+            results["quality"][f"{beams} beams"] = {
+                "overlap at 10": float(same.mean()), "lists that are equal": float((same == 1).float().mean()),
+                **{f"HR@10 {name}": float((each == targets).any(dim=1).float().mean()) for name, each in lists.items()},
+            }  # fmt: skip
+        print(results["quality"])
+    write_json(RESULTS, results)
+    for name in ("ours / authors", "ours / authors, 4 beams", "ours / floor"):
+        print(f"{name}: {', '.join(f'{value:.2f}' for value in results[name])}")
+
+
+if __name__ == "__main__":
+    main()
