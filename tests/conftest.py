@@ -90,3 +90,12 @@ def tiny_lm(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tiny_lm")
     make_tiny_lm(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory):
+    """Folder of the log on which LSC4Rec is tested."""
+    from tests.collaborations import sequences
+    from tests.small_logs import write_log
+
+    return write_log(tmp_path_factory.mktemp("data"), "log", sequences())
