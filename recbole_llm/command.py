@@ -19,7 +19,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", help="model of this package, or any sequential model of RecBole; DLLM2Rec")
     parser.add_argument("--dataset", help="name of the data set; ml-100k")
     parser.add_argument("--config_files", default="", help="yaml files, separated by blanks; later ones win")
-    parser.add_argument("--estimate", action="store_true", help="print the plan and its estimated time, and stop")
+    parser.add_argument(
+        "--estimate", action="store_true", help="print the plan and its time, labelling by an LLM measured, and stop"
+    )
     parser.add_argument("-h", "--help", action="store_true", help="print this help and stop")
     names, settings = parser.parse_known_args(argv)
     if names.help:

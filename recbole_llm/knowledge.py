@@ -8,7 +8,7 @@ data that are not the teacher's. The released DLLM2Rec pipeline joins teacher an
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -28,10 +28,11 @@ from recbole_llm.artifacts import (
     write_tensors,
 )
 from recbole_llm.checkpoint import random_state, set_random_state
-from recbole_llm.config import check_topk, role_config, shared
+from recbole_llm.config import check_topk, choice, role_config, shared
 from recbole_llm.folds import fault_of_folds, folds_of, others, refuse_user_tables, rows_of
 from recbole_llm.identity import Names, data_digest, fingerprint, titles_digest
 from recbole_llm.labelling import Labeller, reads_windows, whole_shard
+from recbole_llm.rows import POLICIES, first
 from recbole_llm.sequences import Log
 from recbole_llm.teacher import (
     Teacher,
@@ -178,6 +179,7 @@ class Request:
         log = Log.from_dataset(dataset)
         if fault := fault_of_folds(config, teacher, len(log.users)):
             raise ValueError(fault)
+        policy = choice(config, "teacher_rows_by", POLICIES)
         # as the teacher's constructor will, so that its key is the same before and after
         check_topk(teacher, dataset.item_num)
         data = data_digest(log, dataset, teacher)
@@ -195,6 +197,8 @@ class Request:
         }
         if config["teacher_folds"]:
             keys["folds"] = config["teacher_folds"]
+        if policy != "random" and config["teacher_rows"]:
+            keys["rows by"] = policy
         if not teacher["prompt_lead"]:  # may be one that labels all rows unless fewer are asked for
             keys["rows asked for"] = "teacher_rows" in config.external_config_dict
         folder = (
@@ -274,10 +278,7 @@ def ensure(config: Any, train_data: Any, valid_data: Any) -> Knowledge:
 def _build(config: Any, request: Request, train_data: Any, valid_data: Any) -> Knowledge:
     dataset = train_data._dataset
     teacher = ready(request.config, dataset, valid_data, request.checkpoint)
-    n_rows = len(Log.from_dataset(dataset).rows())
-    # the sample is for teachers that are asked row by row; one pass over the log labels all rows
-    spares = "teacher_rows" in config.external_config_dict or not reads_windows(teacher)
-    rows = rows_to_label(teacher, n_rows, config["teacher_rows"] if spares else 0, config["teacher_seed"])
+    rows = asked_rows(config, teacher, dataset)
     folds, made = (), []
     if config["teacher_folds"]:
         refuse_user_tables(teacher, dataset.user_num, config["teacher_folds"])
@@ -292,6 +293,7 @@ def _build(config: Any, request: Request, train_data: Any, valid_data: Any) -> K
             "checkpoint": str(request.checkpoint or request.teacher_folder),
             "checkpoint_digest": _checkpoint_digest(request.checkpoint or request.teacher_folder / "model.safetensors"),
             "settings": identity(request.config, labelling=True),
+            "rows_by": config["teacher_rows_by"],
             "folds": made,
             **(teacher.provenance() if hasattr(teacher, "provenance") else {}),
         },
@@ -322,11 +324,32 @@ def fold_parts(config: Any, dataset: Any) -> Iterator[tuple[Tensor, Any]]:
         yield own, others(dataset, log.users[own])
 
 
-def rows_to_label(teacher: Any, n_rows: int, count: int, seed: int) -> Tensor:
-    """Which training rows a teacher labels: a seeded sample, from rows it was not tuned on as long as there are any."""
-    if not 0 < count < n_rows:
-        return torch.arange(n_rows)
-    order = torch.randperm(n_rows, generator=torch.Generator().manual_seed(seed + 1))
-    if isinstance(teacher, Teacher):
-        order = order[torch.sort(teacher.trained_on(n_rows)[order].int(), stable=True).indices]
-    return order[:count].sort().values
+def asked_rows(config: Any, teacher: Any, dataset: Any) -> Tensor:
+    """Which rows of a training split the settings want this teacher to label, ascending [count].
+
+    Args:
+        config: Of the distilling model.
+        teacher: Any sequential recommender.
+        dataset: The training split.
+    """
+    log = Log.from_dataset(dataset)
+    # a part is for teachers that are asked row by row; one pass over the log labels all rows
+    spares = "teacher_rows" in config.external_config_dict or not reads_windows(teacher)
+    names = Names.of(dataset, log)
+    numbered = replace(log, items=names.number[log.items])  # internal ids follow the order of the file
+    order = POLICIES[config["teacher_rows_by"]](numbered, names.users, config["teacher_seed"])
+    return rows_to_label(teacher, order, config["teacher_rows"] if spares else 0)
+
+
+def rows_to_label(teacher: Any, order: Tensor, count: int) -> Tensor:
+    """The first rows of an order, those that a teacher was tuned on only where there are no others; ascending [count].
+
+    Args:
+        teacher: Any sequential recommender.
+        order: All row numbers, the most wanted first [M].
+        count: How many are wanted; 0 is all.
+    """
+    if not 0 < count < len(order):
+        return order.sort().values
+    late = torch.zeros(len(order), dtype=torch.bool)
+    return first(order, count, teacher.trained_on(len(order)) if isinstance(teacher, Teacher) else late)

@@ -1,7 +1,7 @@
 """What a run is going to do, and about how long that takes on this machine, said before the long part begins.
 
 Estimates rest on counted multiplications and a quick measurement of how many this machine does in a second; they are meant
-to tell minutes from hours.
+to tell minutes from hours. Where they alone are asked for, labelling by a prompted LLM is rehearsed instead of counted.
 """
 
 import re
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from recbole_llm import knowledge, teacher
+from recbole_llm import knowledge, rehearsal, teacher
 from recbole_llm.model.dllm2rec import Distillation
 from recbole_llm.model.lsc4rec import cloud_config, device_config
 from recbole_llm.terms import Collaboration
@@ -21,24 +21,27 @@ from recbole_llm.timeline import Timeline
 # 1 where counted work is left out (gradients of frozen weights, the output layer at the prompt's positions).
 TRAIN_LLM, WRITE_LLM, READ_LLM, TRAIN_STUDENT = 1.3, 0.7, 1.6, 0.3
 PROMPT_TOKENS, TITLE_TOKENS = 150, 12
+HOW = "  Times that are not said to be measured are counted multiplications over the speed of a matrix product here, just measured."
 USUAL_EPOCHS = 25  # where early stopping usually ends a student
 T5_SIZES = {"t5-small": 6e7, "t5-base": 2.2e8, "t5-large": 7.7e8}
 
 
 @dataclass
 class Step:
-    """One stage: what is done, and about how many seconds it takes (None: taken from a file)."""
+    """One stage: what is done, about how many seconds it takes (None: taken from a file), and what was measured for it."""
 
     what: str
     seconds: float | None
+    measured: rehearsal.Rehearsal | None = None
 
 
-def steps(config: Any, data: tuple) -> list[Step]:
+def steps(config: Any, data: Any, measure: bool = False) -> list[Step]:
     """The stages of a run.
 
     Args:
         config: Our Config.
         data: RecBole's training, validation and test loaders.
+        measure: Whether labelling by a prompted LLM is tried out for half a minute, not counted.
     """
     train_data, test_data = data.train, data.test
     rate = multiplications_per_second()
@@ -56,14 +59,15 @@ def steps(config: Any, data: tuple) -> list[Step]:
     if config["teacher_knowledge"]:
         plan.append(Step(f"Take the Knowledge from {config['teacher_knowledge']}", None))
     elif Distillation.from_config(config).asks_teacher(config):
-        plan += teaching(config, train_data, len(test_data._dataset), rate)
+        plan += teaching(config, data, rate, measure)
     for name in (f"{config['student']} alone", f"{config['student']} distilled"):
         plan.append(training(config, name, targets, train_data._dataset.item_num, rate))
     return plan
 
 
-def teaching(config: Any, train_data: Any, test_rows: int, rate: float) -> list[Step]:
+def teaching(config: Any, data: Any, rate: float, measure: bool) -> list[Step]:
     """Stages of the teacher: tuning, labelling, testing; those that are on disk take no time."""
+    train_data, test_rows = data.train, len(data.test._dataset)
     request = knowledge.Request.of(config, train_data._dataset)
     if request.exists:
         return [Step(f"Take the Knowledge from {request.folder}", None)]
@@ -75,11 +79,16 @@ def teaching(config: Any, train_data: Any, test_rows: int, rate: float) -> list[
     first = [Step(f"Take the tuned {name} from {request.checkpoint or request.teacher_folder}", None)]
     llm, tested = request.config["llm"], _some(config["teacher_eval_rows"], test_rows)
     titles = train_data._dataset.item_num
+    labelling = writing(f"{name} labels {rows} of {targets} training rows", llm, rows, rate)
+    testing = writing(f"{name} is tested on {tested} of {test_rows} test rows", llm, tested, rate)
+    if measure and (found := rehearsal.rehearse(config, request, data)):
+        labelling = Step(labelling.what, found.whole.seconds, found)
+        testing = Step(testing.what, found.seconds_of(tested))
     return [
         *(first if tuned else tuning(request.config, targets, rate)),
         Step(f"Embed {titles} titles with {llm}", titles * TITLE_TOKENS * 2 * parameters(llm) / (rate * READ_LLM)),
-        writing(f"{name} labels {rows} of {targets} training rows", llm, rows, rate),
-        writing(f"{name} is tested on {tested} of {test_rows} test rows", llm, tested, rate),
+        labelling,
+        testing,
     ]
 
 
@@ -243,12 +252,13 @@ def multiplications_per_second(width: int = 1024, repeats: int = 8) -> float:
 
 def text(plan: list[Step]) -> str:
     """The plan as it is printed."""
-    total = sum(step.seconds or 0 for step in plan)
-    lines = [
-        f"  {step.what}: {'already there' if step.seconds is None else 'about ' + spoken(step.seconds)}"
-        for step in plan
-    ]
-    return "\n".join(["This run is going to:", *lines, f"  In all about {spoken(total)}."])
+    total, lines = sum(step.seconds or 0 for step in plan), []
+    for step in plan:
+        lines.append(f"  {step.what}: {'already there' if step.seconds is None else 'about ' + spoken(step.seconds)}")
+        if step.measured:
+            lines.append(f"    {step.measured.text()}")
+    lines.append(f"  In all about {spoken(total)}.")
+    return "\n".join(["This run is going to:", *lines, HOW])
 
 
 def spoken(seconds: float) -> str:

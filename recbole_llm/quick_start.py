@@ -47,7 +47,7 @@ def run_recbole_llm(
         dataset: Name of the data set.
         config_file_list: Yaml files, later ones win.
         config_dict: Settings that win over the files.
-        estimate: Whether to stop after the plan and its estimated time.
+        estimate: Whether to stop after the plan and its estimated time, of which labelling by a prompted LLM is measured.
         read_argv: Whether the command line is read, too (the command does).
 
     Returns:
@@ -69,7 +69,7 @@ def run_recbole_llm(
     with log_into(folder, config["state"]):
         logger.info(f"{config['model']} on {config['dataset']}; everything about this run is in {folder}/")
         data = load_data(config)
-        steps = plan.steps(config, data)
+        steps = plan.steps(config, data, measure=estimate)
         logger.info(plan.text(steps))
         if estimate:
             return {"plan": steps, "folder": str(folder)}

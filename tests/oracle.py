@@ -10,6 +10,7 @@ from recbole.utils import InputType, get_model, init_seed
 
 from recbole_llm.config import Config
 from recbole_llm.knowledge import Knowledge, rows_to_label
+from recbole_llm.rows import at_random
 from recbole_llm.sequences import Log
 from recbole_llm.teacher import Teacher, sample_of_rows
 from recbole_llm.trainer import trainer_class
@@ -103,7 +104,7 @@ def ask(parts: SimpleNamespace, folder: Path | str, teacher: Oracle | None = Non
     """What an oracle says about the training rows of `prepared`; `rows` and `k` are the count of rows and of candidates."""
     dataset = parts.train._dataset
     teacher = teacher or Oracle(parts.config, dataset)
-    rows = rows_to_label(teacher, len(Log.from_dataset(dataset).rows()), options.pop("rows", 0), 2024)
+    rows = rows_to_label(teacher, at_random(Log.from_dataset(dataset), (), 2024), options.pop("rows", 0))
     chosen = {"history": 10, "shard_rows": 64, "overlap": 10, "provenance": {"teacher": "Oracle"}, "progress": False}
     return Knowledge.build(teacher, dataset, rows, options.pop("k", 5), folder, chosen | options)
 

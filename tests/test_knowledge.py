@@ -14,8 +14,9 @@ from recbole_llm.artifacts import DamagedArtifact, read_json, read_tensors, writ
 from recbole_llm.attached import attach, teacher_vectors
 from recbole_llm.config import Config
 from recbole_llm.identity import Names
-from recbole_llm.knowledge import Knowledge, Request, ensure, rows_to_label
+from recbole_llm.knowledge import Knowledge, Request, asked_rows, ensure
 from recbole_llm.quick_start import run_folder
+from recbole_llm.rows import POLICIES
 from recbole_llm.sequences import Log
 from tests.conftest import ROOT
 from tests.oracle import Killed, Oracle, ask, distilled, prepared, student
@@ -183,6 +184,8 @@ def test_another_history_of_the_teacher_is_refused(ring):
     "settings",
     [
         {"teacher_rows": 7},
+        {"teacher_rows_by": "recent"},
+        {"teacher_rows_by": "disagreement"},
         {"teacher_history": 5},
         {"teacher_seed": 1},
         {"distill_topk": 3},
@@ -409,23 +412,19 @@ def test_a_student_trains_the_same_whether_its_knowledge_was_there_or_not(ring, 
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
-def test_rows_that_the_teacher_was_not_tuned_on_come_first(ring):
+@pytest.mark.parametrize("policy", POLICIES)
+def test_rows_that_the_teacher_was_not_tuned_on_come_first(ring, policy):
+    def chosen(count, seed):
+        parts = prepared(ring, teacher_rows=count, teacher_seed=seed, teacher_rows_by=policy)
+        return asked_rows(parts.config, Oracle(parts.config, parts.train._dataset, tuned=400), parts.train._dataset)
+
     parts = prepared(ring)
-    teacher = Oracle(parts.config, parts.train._dataset, tuned=400)
-    chosen = rows_to_label(teacher, 540, 40, seed=1)
-    flags = teacher.trained_on(540)
-    assert len(chosen) == 40 and bool((chosen.diff() > 0).all()) and not flags[chosen].any()
-    assert flags[rows_to_label(teacher, 540, 160, seed=1)].sum() == 20
-    assert (
-        rows_to_label(teacher, 540, 0, seed=1).tolist()
-        == rows_to_label(teacher, 540, 999, seed=1).tolist()
-        == list(range(540))
-    )
-    assert (
-        rows_to_label(teacher, 540, 40, seed=1).tolist()
-        == chosen.tolist()
-        != rows_to_label(teacher, 540, 40, seed=2).tolist()
-    )
+    flags = Oracle(parts.config, parts.train._dataset, tuned=400).trained_on(540)
+    few = chosen(40, seed=1)
+    assert len(few) == 40 and bool((few.diff() > 0).all()) and not flags[few].any()
+    assert flags[chosen(160, seed=1)].sum() == 20
+    assert chosen(0, seed=1).tolist() == chosen(999, seed=1).tolist() == list(range(540))
+    assert chosen(40, seed=1).tolist() == few.tolist() != chosen(40, seed=2).tolist()
 
 
 def test_flags_of_the_teachers_rows_travel(ring):
