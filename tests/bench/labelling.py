@@ -4,7 +4,8 @@
 training rows of ml-100k. Peer: `generate` in batches of 8 in the order of the file, padded on the left, 4 beams, up to 32 tokens, float32;
 then the LLM's vector of what was written, torch.cdist to every item and a double argsort. Sides take turns in one process. Floor: the
 multiplications of the prompts' tokens that are not shared and of the answers' tokens, at the rate of a measured matrix product.
-Quality: top-10 lists of our way and of the peer's at equal beams, on the same rows.
+Quality: top-10 lists at equal beams and rows, of our way, of the same without its shortcuts ("plain"), and of the peer's, whose search
+goes on behind the end of a title, so that other titles may win it.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from recbole_llm.grounding import Grounder
 from recbole_llm.knowledge import rows_to_label
 from recbole_llm.labelling import Labeller
 from recbole_llm.prompts import answer, read_answer
+from recbole_llm.rows import at_random
 from recbole_llm.sequences import Log
 from recbole_llm.tokens import padded
 from recbole_llm.trainer import trainer_class
@@ -147,6 +149,11 @@ def grounding(queries: int, items: int) -> dict[str, float]:
     }  # fmt: skip
 
 
+def overlap(first: torch.Tensor, second: torch.Tensor) -> float:
+    """Mean share of the items of one list that are in the other [R, K] each."""
+    return float((first.unsqueeze(2) == second.unsqueeze(1)).any(dim=2).float().mean())
+
+
 def main() -> None:
     """Take turns, print the table, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -164,7 +171,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model, dataset = tuned(folder, 128)
         log = Log.from_dataset(dataset)
-        rows = rows_to_label(model, len(log.rows()), 8 * asked.rows, 1)
+        rows = rows_to_label(model, at_random(log, (), 1), 8 * asked.rows)
         few = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[: asked.rows]].sort().values
         peers = {beams: AuthorsWay(model, log, beams) for beams in (1, BEAMS)}
         rates: dict[str, list[float]] = {"authors, 4 beams": [], "ours, 4 beams": [], "ours": []}
@@ -185,7 +192,7 @@ def main() -> None:
         ]
         results["ours / floor"] = floor
         results["quality"] = {}
-        some = rows_to_label(model, len(log.rows()), asked.quality, 2)
+        some = rows_to_label(model, at_random(log, (), 2), asked.quality)
         targets = log.items[log.rows()[some]].unsqueeze(1)
         for beams in (1, BEAMS):
             lists = {"authors": peers[beams].label(some), "ours": ours(model, log, some, beams)}
