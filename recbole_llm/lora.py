@@ -7,7 +7,7 @@ and its mean is over the answer tokens of the whole batch.
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -152,7 +152,8 @@ def fit(
 
     Returns:
         `eval_steps` (optimizer steps after which was evaluated), `train_loss` (mean since the evaluation before) and
-        `valid_loss` at these, `best_step`, `best_valid_loss` (None without validation pairs), `steps`, `seconds`.
+        `valid_loss` at these, `best_step`, `best_valid_loss` (None without validation pairs), `steps`, `seconds`, and of this process
+        `tokens_per_second`, those trained on and those that only went forward (None where there were none).
 
     Raises:
         ValueError: There is nothing to train on.
@@ -185,6 +186,13 @@ def fit(
             log["seconds"] = earlier + time.monotonic() - begin
             _write_state(Path(state_folder), key, log, now, _state(trained, best, optimizer, device))
 
+    def timed(kind: str, tokens: int, work: Callable[..., Any], *arguments: Any) -> Any:
+        start = time.monotonic()
+        made = work(*arguments)
+        spent[kind] += torch.tensor([tokens, time.monotonic() - start], dtype=torch.float64)
+        return made
+
+    spent = {kind: torch.zeros(2, dtype=torch.float64) for kind in ("trained", "forward")}
     earlier, begin = log["seconds"], time.monotonic()
     bar = tqdm(total=steps, initial=now["step"], desc="LoRA", ncols=100, disable=not progress)
     batches: list[list[int]] = []
@@ -194,7 +202,10 @@ def fit(
             batches = length_grouped(lengths, schedule.batch_size, schedule.seed * 1_000_003 + epoch)
         batch = [pairs[n] for n in batches[place]]
         share = rate(now["step"], steps, schedule.warmup_steps)
-        total, count = _step(network, batch, pad, schedule, optimizer, list(trained.values()), share)
+        size = sum(len(pair.tokens) for pair in batch)
+        total, count = timed(
+            "trained", size, _step, network, batch, pad, schedule, optimizer, list(trained.values()), share
+        )
         now["step"] += 1
         now["sum"] += total
         now["count"] += count
@@ -205,7 +216,8 @@ def fit(
             log["train_loss"].append(now["sum"] / now["count"])
             now["sum"], now["count"] = 0.0, 0
             if valid:
-                loss = mean_loss(network, valid, pad, schedule.tokens_at_once)
+                size = sum(len(pair.tokens) for pair in valid)
+                loss = timed("forward", size, mean_loss, network, valid, pad, schedule.tokens_at_once)
                 log["valid_loss"].append(loss)
                 better = log["best_valid_loss"] is None or loss < log["best_valid_loss"]
                 now["worse"] = 0 if better else now["worse"] + 1
@@ -228,7 +240,14 @@ def fit(
         for name, weight in trained.items():
             weight.copy_(best[name])
     network.eval()
-    return {**log, "steps": now["step"], "seconds": earlier + time.monotonic() - begin}
+    speed = {kind: float(tokens / seconds) if tokens else None for kind, (tokens, seconds) in spent.items()}
+    if all(speed.values()):
+        logger.info(
+            f"LoRA trained on {speed['trained']:.0f} tokens a second; forward alone {speed['forward']:.0f}, "
+            f"{speed['forward'] / speed['trained']:.1f} times as many."
+        )
+    seconds = earlier + time.monotonic() - begin
+    return {**log, "steps": now["step"], "seconds": seconds, "tokens_per_second": speed}
 
 
 def _step(

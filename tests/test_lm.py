@@ -185,6 +185,7 @@ def test_tuning_learns_the_answers_and_leaves_the_pretrained_model_and_the_gener
     assert len(result["train_loss"]) == len(result["valid_loss"]) == 12
     assert result["valid_loss"][-1] < 0.8 * result["valid_loss"][0]
     assert result["best_valid_loss"] == min(result["valid_loss"])
+    assert min(result["tokens_per_second"].values()) > 0
 
 
 def test_the_result_depends_on_the_seed_alone(model):
@@ -228,7 +229,8 @@ def test_a_killed_training_goes_on_to_the_same_bits(model, monkeypatch, tmp_path
     left[0] = whole["steps"] - killed + killed % 2
     resumed = model.tune(*data, state_folder=tmp_path / "state", **settings)
     assert left[0] == 0
-    assert {**resumed, "seconds": 0} == {**whole, "seconds": 0}
+    of_this_process = {"seconds": 0, "tokens_per_second": None}
+    assert resumed | of_this_process == whole | of_this_process
     assert all(torch.equal(value, expected[name]) for name, value in model.adapter_state().items())
     # a finished training is not done again
     assert model.tune(*data, state_folder=tmp_path / "state", **settings)["steps"] == whole["steps"]
