@@ -73,9 +73,10 @@ class Config(RecBoleConfig):
         return super()._load_cmd_line() if self.read_argv else {}
 
     def _convert_config_dict(self, config_dict):
-        part = config_dict.get("teacher_shard")  # RecBole evaluates what it is given, and 1/2 would become a number
-        converted = super()._convert_config_dict(config_dict)
-        return converted | {"teacher_shard": part} if part is not None else converted
+        # RecBole evaluates what it is given: 1/2 would become a number
+        parts = {key: value for key, value in config_dict.items() if key == "teacher_shard" and "/" in str(value)}
+        rest = {key: value for key, value in config_dict.items() if key not in parts}
+        return super()._convert_config_dict(rest) | parts
 
     def _init_device(self):
         processes.settle(self.final_config_dict, self.external_config_dict)
