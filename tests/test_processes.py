@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from recbole_llm import processes
 from recbole_llm.artifacts import read_json, read_tensors
 from recbole_llm.command import main
 from recbole_llm.config import Config
-from recbole_llm.knowledge import Knowledge, Request
+from recbole_llm.knowledge import Knowledge, Request, ensure
 from recbole_llm.labelling import rows_of_a_shard
 from recbole_llm.processes import Part, PartDone, only_the_first, place, settle
 from recbole_llm.quick_start import run_folder, run_recbole_llm
@@ -294,6 +295,18 @@ def test_a_launchers_process_takes_no_part_by_hand(ring, monkeypatch):
     assert Part.from_config(parts.config) == Part(1, 2, launched=True)
     with pytest.raises(ValueError, match="^teacher_shard=1/2: this is one of 2 processes of a launcher, which share"):
         Part.from_config({"teacher_shard": "1/2"})
+
+
+def test_a_process_that_does_not_find_the_first_ones_teacher_says_so_and_trains_none(ring, monkeypatch):
+    parts = prepared(ring)
+    launched(monkeypatch)
+    for name in ("init_process_group", "destroy_process_group", "barrier"):
+        monkeypatch.setattr(processes.distributed, name, lambda *args, **settings: None)
+    with pytest.raises(
+        ValueError, match="^checkpoint_dir=saved: the teacher that the first process has trained is not"
+    ):
+        ensure(parts.config, parts.train, parts.valid)
+    assert not Path("saved").exists()
 
 
 def test_a_run_without_labels_is_the_first_processs_alone(ring, monkeypatch):
