@@ -22,6 +22,7 @@ from recbole.utils.argument_list import (
     training_arguments,
 )
 
+from recbole_llm import processes
 from recbole_llm.model import PROPERTIES, model_files
 
 # Read by RecBole 1.2.1 or its scripts, yet declared in none of its yaml files or argument lists.
@@ -70,6 +71,16 @@ class Config(RecBoleConfig):
 
     def _load_cmd_line(self):
         return super()._load_cmd_line() if self.read_argv else {}
+
+    def _convert_config_dict(self, config_dict):
+        # RecBole evaluates what it is given: 1/2 would become a number
+        parts = {key: value for key, value in config_dict.items() if key == "teacher_shard" and "/" in str(value)}
+        rest = {key: value for key, value in config_dict.items() if key not in parts}
+        return super()._convert_config_dict(rest) | parts
+
+    def _init_device(self):
+        processes.settle(self.final_config_dict, self.external_config_dict)
+        super()._init_device()
 
     def _load_config_files(self, file_list):
         for file in file_list or []:

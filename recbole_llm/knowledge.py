@@ -31,13 +31,15 @@ from recbole_llm.checkpoint import random_state, set_random_state
 from recbole_llm.config import check_topk, choice, role_config, shared
 from recbole_llm.folds import fault_of_folds, folds_of, others, refuse_user_tables, rows_of
 from recbole_llm.identity import Names, data_digest, fingerprint, titles_digest
-from recbole_llm.labelling import Labeller, reads_windows, whole_shard
+from recbole_llm.labelling import Labeller, reads_windows, rows_of_a_shard, whole_shard
+from recbole_llm.processes import WHOLE, Part
 from recbole_llm.rows import POLICIES, first
 from recbole_llm.sequences import Log
 from recbole_llm.teacher import (
     Teacher,
     folder_of,
     identity,
+    is_ready,
     item_table,
     ready,
     scores_of,
@@ -60,7 +62,7 @@ class Knowledge:
         target_score: Score of the true item [M].
         trained: Whether the teacher was tuned on the row; bool [M].
         item_embedding: Vectors by item number, row 0 zero [n_items, d].
-        manifest: Fingerprint, history length, provenance, seconds.
+        manifest: Fingerprint, history length, provenance, seconds (of the process that finished it).
         folder: Where it is kept.
     """
 
@@ -108,10 +110,12 @@ class Knowledge:
         folder: str | Path,
         options: dict[str, Any],
         folds: Sequence[tuple[Any, Tensor]] = (),
+        part: Part = WHOLE,
     ) -> "Knowledge":
         """Let a teacher label training rows, shard by shard; shards that are whole already are kept.
 
-        The plan of the shards is a function of the rows alone, so a run that was killed goes on at its first missing shard.
+        The plan of the shards is a function of rows and settings alone, so a run that was killed goes on at its first missing shard, and
+        several processes that each label a part of the plan make the same files as one.
 
         Args:
             teacher: A trained sequential recommender.
@@ -121,28 +125,42 @@ class Knowledge:
             folder: Where it is kept.
             options: `history`, `shard_rows`, `overlap`, `provenance`, `progress`.
             folds: Teachers that label instead, each with its rows, none of which it was trained on; the item vectors stay `teacher`'s.
+            part: The shards that this process labels.
+
+        Raises:
+            PartDone: Shards of other parts are missing, or another process of the launcher writes the manifest.
         """
         folder, log = Path(folder), Log.from_dataset(dataset)
         names = Names.of(dataset, log)
         began = perf_counter()
+        # files that somebody is writing, or was writing when he was killed: those are still there at the end
+        left = list(folder.glob(".*.*.*"))
         k, rows = min(k, len(names.items)), rows.sort().values
         trained = torch.zeros(len(log.rows()), dtype=torch.bool)
         if not folds:
             trained = teacher.trained_on(len(trained)) if isinstance(teacher, Teacher) else ~trained
-        parts: dict[str, str] = {}
-        bar = tqdm(total=len(rows), desc="Label rows", ncols=100, unit="row", disable=not options["progress"])
+        plan = []
         for labels, own in folds or [(teacher, rows)]:
             labeller = Labeller(labels, log, own, k, options["shard_rows"], options["overlap"])
-            for chosen, of_shard in labeller.shards():
-                name = f"shard-{len(parts):05d}.safetensors"
-                shard = whole_shard(folder / name, of_shard)
-                if shard is None:
-                    shard = labeller.label(chosen, of_shard) | {"trained": trained[of_shard]}
-                    shard["items"] = names.number[shard["items"]].int()
-                    write_tensors(folder / name, shard, {"digest": tensors_digest(shard)})
-                parts[name] = tensors_digest(shard)
-                bar.update(len(of_shard))
+            for shard in labeller.shards():
+                plan.append((folder / f"shard-{len(plan):05d}.safetensors", labeller, *shard))
+        parts: dict[str, str | None] = dict.fromkeys(file.name for file, *_ in plan)
+        total = sum(len(of_shard) for *_, of_shard in part.shards(plan))
+        bar = tqdm(total=total, desc="Label rows", ncols=100, unit="row", disable=not options["progress"])
+        for file, labeller, chosen, of_shard in part.shards(plan):
+            shard = whole_shard(file, of_shard)
+            if shard is None:
+                shard = labeller.label(chosen, of_shard) | {"trained": trained[of_shard]}
+                shard["items"] = names.number[shard["items"]].int()
+                write_tensors(file, shard, {"digest": tensors_digest(shard)})
+            parts[file.name] = tensors_digest(shard)
+            bar.update(len(of_shard))
         bar.close()
+        part.wait()
+        for file, _, _, of_shard in plan:  # what other processes have labelled
+            if parts[file.name] is None and (shard := whole_shard(file, of_shard)):
+                parts[file.name] = tensors_digest(shard)
+        part.refuse_missing(folder, list(parts.values()))
         vectors = {"item_embedding": item_table(teacher).float().cpu()[names.internal].contiguous()}
         vectors["item_embedding"][0] = 0
         write_tensors(folder / "item_embedding.safetensors", vectors)
@@ -160,6 +178,8 @@ class Knowledge:
             "parts": parts,
         }
         write_json(folder / "manifest.json", manifest)
+        for file in left:
+            file.unlink(missing_ok=True)
         return cls.load(folder)
 
 
@@ -171,6 +191,7 @@ class Request:
     data: str
     folder: Path
     checkpoint: str | None
+    part: Part
 
     @classmethod
     def of(cls, config: Any, dataset: Any) -> "Request":
@@ -204,7 +225,7 @@ class Request:
         folder = (
             Path(config["checkpoint_dir"]) / "knowledge" / f"{config['teacher']}-{config['dataset']}-{digest(keys)}"
         )
-        return cls(teacher, data, folder, config["teacher_checkpoint"])
+        return cls(teacher, data, folder, config["teacher_checkpoint"], Part.from_config(config))
 
     @property
     def teacher_folder(self) -> Path:
@@ -250,6 +271,7 @@ def ensure(config: Any, train_data: Any, valid_data: Any) -> Knowledge:
 
     Raises:
         ValueError: `teacher_knowledge` names a folder without a whole Knowledge, or `teacher_folds` cannot be done.
+        PartDone: This process has labelled its part of the rows, and the Knowledge is not whole yet, or another process goes on.
     """
     logger = logging.getLogger()
     if config["teacher_knowledge"]:
@@ -271,21 +293,28 @@ def ensure(config: Any, train_data: Any, valid_data: Any) -> Knowledge:
     except DamagedArtifact as error:
         logger.warning(f"Knowledge in {request.folder} is damaged and is built again where it is: {error}")
         (request.folder / "manifest.json").unlink(missing_ok=True)
-    with _own_randomness(train_data):
+    with _own_randomness(train_data), request.part.together():
         return _build(config, request, train_data, valid_data)
 
 
 def _build(config: Any, request: Request, train_data: Any, valid_data: Any) -> Knowledge:
-    dataset = train_data._dataset
-    teacher = ready(request.config, dataset, valid_data, request.checkpoint)
-    rows = asked_rows(config, teacher, dataset)
-    folds, made = (), []
-    if config["teacher_folds"]:
-        refuse_user_tables(teacher, dataset.user_num, config["teacher_folds"])
-        folds, made = _folds(config, request, dataset, valid_data, rows)
+    dataset, part = train_data._dataset, request.part
+    with part.in_turn(request.teacher_folder):
+        if part.launched and part.number and not (request.checkpoint or is_ready(request.teacher_folder)):
+            raise ValueError(
+                f"checkpoint_dir={config['checkpoint_dir']}: the teacher that the first process has trained is not in it; all processes "
+                "need one folder. Set checkpoint_dir to a folder on a disk that they share."
+            )
+        teacher = ready(request.config, dataset, valid_data, request.checkpoint)
+        rows = asked_rows(config, teacher, dataset)
+        folds, made = (), []
+        if config["teacher_folds"]:
+            refuse_user_tables(teacher, dataset.user_num, config["teacher_folds"])
+            folds, made = _folds(config, request, dataset, valid_data, rows)
+        item_table(teacher)  # a text teacher keeps what it embeds on disk, which one process does for all
     options = {
         "history": config["teacher_history"],
-        "shard_rows": config["teacher_shard_rows"],
+        "shard_rows": rows_of_a_shard(config["teacher_shard_rows"], len(rows)),
         "overlap": shared(request.config, "window_overlap"),
         "progress": config["show_progress"],
         "provenance": {
@@ -298,7 +327,7 @@ def _build(config: Any, request: Request, train_data: Any, valid_data: Any) -> K
             **(teacher.provenance() if hasattr(teacher, "provenance") else {}),
         },
     }
-    return Knowledge.build(teacher, dataset, rows, config["distill_topk"], request.folder, options, folds)
+    return Knowledge.build(teacher, dataset, rows, config["distill_topk"], request.folder, options, folds, part)
 
 
 def _folds(config: Any, request: Request, dataset: Any, valid_data: Any, rows: Tensor) -> tuple[list, list]:

@@ -126,6 +126,14 @@ class Labeller:
         return tuple(torch.cat(column) for column in zip(*found, strict=True))
 
 
+def rows_of_a_shard(most: int, rows: int) -> int:
+    """Rows of a shard where they are labelled one by one: `most`, but no more than 1 % of all, which is what a kill may cost.
+
+    Shards of cheap teachers stay larger (`ROWS_OF_A_SHARD`, `ROWS_OF_A_CHEAP_SHARD`): these are done in seconds.
+    """
+    return max(1, min(most, rows // 100))
+
+
 def reads_windows(teacher: Any) -> bool:
     """Whether one pass over a window gives a teacher's scores at every position of it."""
     return is_causal(teacher)[0] and fault_of_scores(teacher) is None

@@ -22,6 +22,7 @@ from recbole_llm.identity import model_folders
 from recbole_llm.item_text import check_quotes
 from recbole_llm.loaders import eval_loader
 from recbole_llm.model.dllm2rec import Distillation
+from recbole_llm.processes import PartDone, only_the_first
 from recbole_llm.terms import AFTER_TRAINING
 from recbole_llm.trainer import SequenceTrainer, trainer_class
 
@@ -29,6 +30,7 @@ from recbole_llm.trainer import SequenceTrainer, trainer_class
 NOT_IDENTITY = {
     "show_progress", "resume", "checkpoint_dir", "state", "gpu_id", "use_gpu", "config_files", "config_file_list", "data_path",
     "log_wandb", "wandb_project", "allow_keys", "device", "distill_modes", "save_dataset", "save_dataloaders", "device_settings",
+    "teacher_shard",
 }  # fmt: skip
 
 
@@ -52,7 +54,8 @@ def run_recbole_llm(
 
     Returns:
         RecBole's `best_valid_score`, `valid_score_bigger`, `best_valid_result` and `test_result` of the model, and `table` (text),
-        `lines` (of the table), `folder` (of the run).
+        `lines` (of the table), `folder` (of the run). A process that labels a part of the rows only (`teacher_shard`, or any but the
+        first of a launcher) returns `folder` and `part`, which says what it did and what is left.
 
     Raises:
         ValueError: The settings are wrong; the message lists every fault.
@@ -74,15 +77,11 @@ def run_recbole_llm(
         if estimate:
             return {"plan": steps, "folder": str(folder)}
         refuse_early(config, data)
-        more = ""
-        if config["student"] and config["distill_mode"] != "off":
-            lines = distillation(config, data)
-        elif config["cloud"]:
-            lines, more = collaboration(config, data)
-        else:
-            lines = [
-                single(config, data, f"{config['student']} alone" if config["student"] else label(config["model"]))
-            ]
+        try:
+            lines, more = worked(config, data)
+        except PartDone as done:
+            logger.warning(done)
+            return {"part": str(done), "folder": str(folder)}
         return conclude(config, folder, lines, data.ties, more)
 
 
@@ -150,12 +149,26 @@ def refuse_teacher(config: Config, model: Any, data: Data) -> None:
         teacher.refuse_memorised(model, len(data.train._dataset))
 
 
+def worked(config: Config, data: Data) -> tuple[list[report.Line], str]:
+    """Do all that a run is for: the lines of its table, and further tables as text.
+
+    Raises:
+        PartDone: This process has labelled its part of the rows, and another one goes on.
+    """
+    if config["student"] and config["distill_mode"] != "off":
+        return distillation(config, data), ""
+    only_the_first()
+    if config["cloud"]:
+        return collaboration(config, data)
+    return [single(config, data, f"{config['student']} alone" if config["student"] else label(config["model"]))], ""
+
+
 def distillation(config: Config, data: Data) -> list[report.Line]:
     """Teacher, Knowledge, the student alone, the distilled student: the lines of DLLM2Rec's table."""
-    lines = []
-    if Distillation.from_config(config).asks_teacher(config) and not config["teacher_knowledge"]:
-        known = knowledge.ensure(config, data.train, data.valid)
-        lines.append(teacher_line(config, data, known))
+    asked = Distillation.from_config(config).asks_teacher(config) and not config["teacher_knowledge"]
+    known = knowledge.ensure(config, data.train, data.valid) if asked else None
+    only_the_first()
+    lines = [teacher_line(config, data, known)] if known else []
     lines.append(single(alone(config), data, f"{config['student']} alone"))
     lines.append(single(config, data, f"{config['student']} distilled"))
     return lines

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from recbole_llm import teacher
 from recbole_llm.knowledge import Request, asked_rows
-from recbole_llm.labelling import Labeller
+from recbole_llm.labelling import Labeller, rows_of_a_shard
 from recbole_llm.sequences import Log
 
 SECONDS = 30.0
@@ -106,7 +106,8 @@ def rehearse(config: Any, request: Request, data: Any, limit: float = SECONDS) -
         logging.getLogger().warning(f"Nothing is measured, the times are counted: {reason}")
         return None
     log, rows = Log.from_dataset(dataset), asked_rows(config, model, dataset)
-    labeller = Labeller(model, log, rows, config["distill_topk"], config["teacher_shard_rows"], None)
+    size = rows_of_a_shard(config["teacher_shard_rows"], len(rows))
+    labeller = Labeller(model, log, rows, config["distill_topk"], size, None)
 
     def histories(some: Tensor) -> Tensor:
         return log.history(log.rows()[some], model.history_length)[0]

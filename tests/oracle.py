@@ -10,6 +10,7 @@ from recbole.utils import InputType, get_model, init_seed
 
 from recbole_llm.config import Config
 from recbole_llm.knowledge import Knowledge, rows_to_label
+from recbole_llm.processes import WHOLE
 from recbole_llm.rows import at_random
 from recbole_llm.sequences import Log
 from recbole_llm.teacher import Teacher, sample_of_rows
@@ -101,12 +102,13 @@ def prepared(data_path: Path, **settings: Any) -> SimpleNamespace:
 
 
 def ask(parts: SimpleNamespace, folder: Path | str, teacher: Oracle | None = None, **options: Any) -> Knowledge:
-    """What an oracle says about the training rows of `prepared`; `rows` and `k` are the count of rows and of candidates."""
+    """What an oracle says about the training rows of `prepared`; `rows`, `k` and `part` are the count of rows, of candidates, and whose."""
     dataset = parts.train._dataset
     teacher = teacher or Oracle(parts.config, dataset)
     rows = rows_to_label(teacher, at_random(Log.from_dataset(dataset), (), 2024), options.pop("rows", 0))
     chosen = {"history": 10, "shard_rows": 64, "overlap": 10, "provenance": {"teacher": "Oracle"}, "progress": False}
-    return Knowledge.build(teacher, dataset, rows, options.pop("k", 5), folder, chosen | options)
+    k, part = options.pop("k", 5), options.pop("part", WHOLE)
+    return Knowledge.build(teacher, dataset, rows, k, folder, chosen | options, part=part)
 
 
 def student(parts: SimpleNamespace) -> SimpleNamespace:
