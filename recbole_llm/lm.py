@@ -17,8 +17,8 @@ from torch import nn
 from tqdm import tqdm
 
 from recbole_llm import decoding, pretrained
-from recbole_llm.adapter import Adapter, twin
-from recbole_llm.backbone import causal_by_training, quietly, text_config
+from recbole_llm.adapter import Adapter, in_int8, twin
+from recbole_llm.backbone import causal_by_training, quietly, text_config, working_dtype
 from recbole_llm.lora import Pair, Schedule, fit
 from recbole_llm.tokens import Tokens, padded
 
@@ -32,6 +32,7 @@ class LanguageModel:
         name: The name it was asked for by.
         folder: Where its files are.
         dtype: Number format in which a causal model is tuned and writes.
+        int8: Whether it writes with int8 weights.
 
     Attributes:
         width: Length of the vectors that `embed` returns.
@@ -41,9 +42,16 @@ class LanguageModel:
     """
 
     def __init__(
-        self, network: nn.Module, tokenizer: Any, *, name: str, folder: str | Path, dtype: torch.dtype = torch.float32
+        self,
+        network: nn.Module,
+        tokenizer: Any,
+        *,
+        name: str,
+        folder: str | Path,
+        dtype: torch.dtype = torch.float32,
+        int8: bool = False,
     ) -> None:
-        self.name = name
+        self.name, self.int8 = name, int8
         self.folder = str(folder)
         self.provenance = pretrained.provenance_of(folder)
         self.causal = causal_by_training(network.config)
@@ -73,7 +81,7 @@ class LanguageModel:
             name: Folder, or standard name on the Hugging Face hub.
             revision: Branch, tag or commit on the hub.
             device: Where it computes.
-            dtype: `float32`, `bfloat16`, or `auto`: bfloat16 where the hardware computes in it.
+            dtype: `float32`, `bfloat16`, `auto` (bfloat16 where the hardware computes in it), or `int8`, which tunes in float32.
             threads: CPU threads that torch uses from now on.
             key: The setting that names the model, for messages.
 
@@ -102,12 +110,13 @@ class LanguageModel:
         # a checkpoint's own sampling settings or repetition penalty would change what greedy means
         if causal_by_training(config):
             network.generation_config = transformers.GenerationConfig()
-        model = cls(network.to(device), tokenizer, name=name, folder=folder, dtype=work)
+        model = cls(network.to(device), tokenizer, name=name, folder=folder, dtype=work, int8=dtype == "int8")
         millions = sum(weight.numel() for weight in network.parameters()) / 1e6
         logging.getLogger().info(
             f"{name}: {millions:.1f} M parameters, width {model.width}, on {device}"
             + (f" with {torch.get_num_threads()} threads" if device.type == "cpu" else "")
             + (f", tuned and decoded in {str(work).removeprefix('torch.')}" if model.causal else "")
+            + (", int8 weights where it writes" if model.int8 else "")
         )
         return model
 
@@ -345,6 +354,8 @@ class LanguageModel:
             self._writing = self._plain().eval()
             if self._adapter is not None:
                 self._adapter.merge_into(self._writing, self._network)
+            if self.int8:
+                self._writing = in_int8(self._writing)
         return self._writing
 
     @torch.inference_mode()
@@ -371,27 +382,6 @@ class LanguageModel:
         if self._adapter is None:
             raise ValueError(f"{self.name} has no adapter: it was neither tuned nor given one.")
         return self._adapter
-
-
-def working_dtype(wanted: str, device: torch.device) -> torch.dtype:
-    """The number format in which a model is tuned and writes.
-
-    `auto` is bfloat16 only where the hardware multiplies in it. A CPU with plain AVX-512 emulates it: measured there,
-    forward and LoRA steps are 3 to 6 times slower than in float32. float16 is never used: T5 and others overflow.
-
-    Raises:
-        ValueError: Unknown format.
-    """
-    if wanted not in {"auto", "float32", "bfloat16"}:
-        raise ValueError(f"llm_dtype={wanted}: unknown number format; there are auto, float32, bfloat16.")
-    if wanted != "auto":
-        return getattr(torch, wanted)
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported()
-    else:
-        tests = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-        fast = device.type == "cpu" and any(getattr(torch.cpu, test, lambda: False)() for test in tests)
-    return torch.bfloat16 if fast else torch.float32
 
 
 def _stored_dtype(folder: Path, device: torch.device, work: torch.dtype) -> torch.dtype:

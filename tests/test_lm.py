@@ -21,8 +21,9 @@ from transformers import (
 
 from recbole_llm import decoding, lm, lora
 from recbole_llm.adapter import lora_targets, twin
+from recbole_llm.backbone import working_dtype
 from recbole_llm.decoding import Trie, common_prefix, end_of_title, plan
-from recbole_llm.lm import LanguageModel, working_dtype
+from recbole_llm.lm import LanguageModel
 from recbole_llm.lora import Pair, length_grouped, loss_sum, mean_loss, rate
 from recbole_llm.tokens import padded
 
@@ -487,6 +488,20 @@ def test_bfloat16_is_for_tuning_and_writing_only(model, tiny_lm):
     assert {weight.dtype for weight in half._writer().parameters()} == {torch.bfloat16}
     assert half.generate(PROMPTS[:2], progress=False) == [answer.rstrip("\n") for answer in ANSWERS[:2]]
     assert torch.equal(half.embed(WORDS), model.embed(WORDS))
+
+
+def test_int8_is_for_writing_only(tuned, tiny_lm):
+    small = LanguageModel.load(str(tiny_lm), dtype="int8")
+    assert torch.equal(small.embed(WORDS), tuned.embed(WORDS))
+    small.load_adapter_state(tuned.adapter_state())
+    kinds = {type(module).__module__ for module in small._writer().modules() if type(module).__name__ == "Linear"}
+    assert kinds == {"torch.ao.nn.quantized.dynamic.modules.linear"}
+    assert all(type(weight) is not torch.qint8 for weight in small._network.parameters())
+    for beams in (1, 3):
+        ours, exact = (each.generate(PROMPTS, beams=beams, progress=False) for each in (small, tuned))
+        assert sum(map(str.__eq__, ours, exact)) > len(PROMPTS) / 2
+    with pytest.raises(ValueError, match="llm_dtype=int8: is for CPUs, and this runs on cuda"):
+        working_dtype("int8", torch.device("cuda"))
 
 
 def test_a_twin_shares_what_it_need_not_change(model):

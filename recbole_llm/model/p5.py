@@ -240,7 +240,7 @@ class P5(Teacher):
 
     def _autocast(self):
         """The number format of the network; never float16, in which T5 overflows, whatever `enable_amp` asks for."""
-        from recbole_llm.lm import working_dtype
+        from recbole_llm.backbone import working_dtype
 
         device = torch.device(self.device)
         low = working_dtype(self.config["llm_dtype"], device) == torch.bfloat16
