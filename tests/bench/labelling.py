@@ -83,9 +83,12 @@ class AuthorsWay:
         return (rank < K).nonzero()[:, 1].view(len(rows), K) + 1
 
 
-def ours(model, log: Log, rows: torch.Tensor, beams: int) -> torch.Tensor:
+def ours(model, log: Log, rows: torch.Tensor, beams: int, int8: bool = False) -> torch.Tensor:
     """The ten best items of each row, labelled in shards as a Knowledge is [R, K]."""
     model.config["generate_beams"] = beams
+    if model.lm.int8 != int8:
+        model.lm.int8, model.lm._writing = int8, None
+        model.lm._writer()
     model.shared.written.clear()
     found = {}
     for chosen, of_shard in (labeller := Labeller(model, log, rows.sort().values, K, 64, None)).shards():
@@ -174,7 +177,7 @@ def main() -> None:
         rows = rows_to_label(model, at_random(log, (), 1), 8 * asked.rows)
         few = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[: asked.rows]].sort().values
         peers = {beams: AuthorsWay(model, log, beams) for beams in (1, BEAMS)}
-        rates: dict[str, list[float]] = {"authors, 4 beams": [], "ours, 4 beams": [], "ours": []}
+        rates: dict[str, list[float]] = {"authors, 4 beams": [], "ours, 4 beams": [], "ours": [], "ours, int8": []}
         floor = []
         for turn in range(asked.turns):
             rates["authors, 4 beams"].append(len(few) / seconds_of(peers[BEAMS].label, few)[0])
@@ -182,6 +185,7 @@ def main() -> None:
             spent, _ = seconds_of(ours, model, log, rows, 1)
             rates["ours"].append(len(rows) / spent)
             floor.append(spent / least_seconds(model, log, rows))
+            rates["ours, int8"].append(len(rows) / seconds_of(ours, model, log, rows, 1, True)[0])
             print(turn, {name: round(each[-1], 2) for name, each in rates.items()}, f"floor {floor[-1]:.2f}")
         results["rows per second"] = rates
         results["ours / authors"] = [
