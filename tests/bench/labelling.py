@@ -21,11 +21,13 @@ import transformers
 from recbole.data import data_preparation
 from recbole.utils import get_model, init_seed
 
+from recbole_llm import decoding
 from recbole_llm.artifacts import write_json
 from recbole_llm.config import Config
 from recbole_llm.dataset import create_dataset
 from recbole_llm.decoding import common_prefix
 from recbole_llm.grounding import Grounder
+from recbole_llm.hooks import replaced
 from recbole_llm.knowledge import rows_to_label
 from recbole_llm.labelling import Labeller
 from recbole_llm.prompts import answer, read_answer
@@ -62,6 +64,7 @@ class AuthorsWay:
 
     def write(self, rows: torch.Tensor) -> list[str]:
         """What the LLM writes for some rows."""
+        write_in(self.model, int8=False)
         lm, written = self.model.lm, []
         histories, _ = self.log.history(self.log.rows()[rows], self.model.history_length)
         how = transformers.GenerationConfig(
@@ -83,12 +86,17 @@ class AuthorsWay:
         return (rank < K).nonzero()[:, 1].view(len(rows), K) + 1
 
 
-def ours(model, log: Log, rows: torch.Tensor, beams: int, int8: bool = False) -> torch.Tensor:
-    """The ten best items of each row, labelled in shards as a Knowledge is [R, K]."""
-    model.config["generate_beams"] = beams
+def write_in(model, int8: bool) -> None:
+    """Let the LLM write with int8 weights, or as it is."""
     if model.lm.int8 != int8:
         model.lm.int8, model.lm._writing = int8, None
         model.lm._writer()
+
+
+def ours(model, log: Log, rows: torch.Tensor, beams: int, int8: bool = False) -> torch.Tensor:
+    """The ten best items of each row, labelled in shards as a Knowledge is [R, K]."""
+    write_in(model, int8)
+    model.config["generate_beams"] = beams
     model.shared.written.clear()
     found = {}
     for chosen, of_shard in (labeller := Labeller(model, log, rows.sort().values, K, 64, None)).shards():
@@ -200,10 +208,13 @@ def main() -> None:
         targets = log.items[log.rows()[some]].unsqueeze(1)
         for beams in (1, BEAMS):
             lists = {"authors": peers[beams].label(some), "ours": ours(model, log, some, beams)}
-            same = (lists["ours"].unsqueeze(2) == lists["authors"].unsqueeze(1)).any(dim=2).float().mean(dim=1)
+            # every prompt read whole, by `generate`, up to the title's end
+            with replaced(decoding, "shared_cache", lambda *_: None):
+                lists["plain"] = ours(model, log, some, beams)
+            lists["int8"] = ours(model, log, some, beams, int8=True)
             results["quality"][f"{beams} beams"] = {
-                "overlap at 10": float(same.mean()), "lists that are equal": float((same == 1).float().mean()),
                 **{f"HR@10 {name}": float((each == targets).any(dim=1).float().mean()) for name, each in lists.items()},
+                **{f"overlap with {name}": overlap(lists["ours"], lists[name]) for name in ("plain", "authors", "int8")},
             }  # fmt: skip
         print(results["quality"])
     write_json(RESULTS, results)
