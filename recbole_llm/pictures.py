@@ -83,7 +83,10 @@ def pictures_of(account: Account) -> list[Picture]:
     if account.curve:
         axis, chosen = "alpha: 0 the device's order, 1 the cloud's", account.chosen["norm"]
         by_age = account.curve[chosen]
-        ages = [Curve(f"lists {age} behind", account.alphas, scores) for age, scores in by_age.items()]
+        ages = [
+            Curve("fresh lists" if age == "0" else f"lists {age} behind", account.alphas, scores)
+            for age, scores in by_age.items()
+        ]
         oldest = list(by_age)[-1]
         norms = [Curve(norm, account.alphas, scores[oldest]) for norm, scores in account.curve.items()]
         made += [
