@@ -114,11 +114,13 @@ class LSC4Rec(SequentialRecommender):
         if found is None:
             return self._alone(batch)
         items, cloud, age = found
-        device = self.scorer.scores(batch, items)
         if self.settings.own_candidates:
             known = self.at_hand is not None and POINTER in interaction
             whole = self.scorer.whole(batch, self.at_hand.met if known else None)
-            items, cloud, device = with_own(items, cloud, device, *best_of(whole, self.settings.own_candidates))
+            own = best_of(whole, self.settings.own_candidates)
+            items, cloud, device = with_own(items, cloud, whole.gather(1, items), *own)
+        else:
+            device = self.scorer.scores(batch, items)
         there = items > 0
         place = places(self.fusion(cloud, device, there, age), there)
         # popularity is at most the number of rows, so that this lies between -2 and -1
