@@ -199,35 +199,35 @@ def best_fusion(trial: Trial, settings: Any, valid_metric: str) -> Fusions:
         score = float(trial.run(asks, FUSIONS["code"]([], ""), name, int(k))[1].mean())
         return Fusions(None, None, score, valid_metric, {})
     steps = {0: trial.fresh} | {age: trial.at(age) for age in trial.ages if age <= trial.oldest}
-    tried = ALPHAS if settings.alpha is None else (*ALPHAS, settings.alpha)
     norms = NORMS if settings.norm == "auto" else (settings.norm,)
     found = {
         norm: np.array([
-            [row_metric(step.rank(FUSIONS["linear"]([alpha], norm)).tolist(), name, int(k)).mean() for alpha in tried]
+            [row_metric(step.rank(FUSIONS["linear"]([alpha], norm)).tolist(), name, int(k)).mean() for alpha in ALPHAS]
             for step in steps.values()
         ])
         for norm in norms
     }  # fmt: skip
     weight = trial.weights(asks, list(steps))
 
-    def best_of(scores: np.ndarray) -> np.ndarray:
+    def shares(norm: str) -> list[float]:
+        """The cloud's share by age, or a single one for all."""
         if settings.alpha is not None:
-            return np.full(len(steps), len(ALPHAS))
-        return scores.argmax(axis=1) if settings.alpha_by_age else np.full(len(steps), (weight @ scores).argmax())
+            return [settings.alpha]
+        if not settings.alpha_by_age:
+            return [ALPHAS[int((weight @ found[norm]).argmax())]]
+        best = dict(zip(steps, found[norm].argmax(axis=1), strict=True))
+        # a list of an age that was not tried is fused as the next older one
+        return [ALPHAS[best[min(known for known in steps if known >= age)]] for age in range(max(steps) + 1)]
 
     def score(norm: str) -> float:
-        return float(weight @ found[norm][np.arange(len(steps)), best_of(found[norm])])
+        return float(trial.run(asks, FUSIONS["linear"](shares(norm), norm), name, int(k))[1].mean())
 
-    norm = max(norms, key=score)
-    chosen = dict(zip(steps, best_of(found[norm]), strict=True))
-    # a list of an age that was not tried is fused as the next older one
-    alpha = [tried[chosen[min(known for known in steps if known >= age)]] for age in range(max(steps) + 1)]
-    alpha = alpha if settings.alpha_by_age and settings.alpha is None else alpha[:1]
+    scores = {norm: score(norm) for norm in norms}
+    norm = max(norms, key=scores.__getitem__)
     curve = {
-        norm: {age: scores[: len(ALPHAS)].tolist() for age, scores in zip(steps, each, strict=True)}
-        for norm, each in found.items()
+        norm: {age: scores.tolist() for age, scores in zip(steps, each, strict=True)} for norm, each in found.items()
     }
-    return Fusions(alpha, norm, score(norm), valid_metric, curve)
+    return Fusions(shares(norm), norm, scores[norm], valid_metric, curve)
 
 
 class Learned:

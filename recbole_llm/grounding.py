@@ -138,13 +138,13 @@ class Grounder:
         return items.gather(1, order), score.gather(1, order)
 
     def score_of(self, vectors: Tensor, items: Tensor) -> Tensor:
-        """The exact score of some items for each vector, on the CPU [B, K]. Args: vectors [B, d]; items by internal id [B, K]."""
+        """The exact score of some items for each vector, on the CPU, -inf of item 0 [B, K]. Args: vectors [B, d]; items [B, K]."""
         known = torch.from_numpy(self._faiss.rev_swig_ptr(self._exact.get_xb(), (self.n_items - 1) * self.width))
         known = known.view(-1, self.width)[items - 1]
         vectors = torch.from_numpy(self._prepared(vectors)).unsqueeze(1)
-        if self.metric == "cosine":
-            return (known * vectors).sum(dim=2)
-        return -(known - vectors).square().sum(dim=2).sqrt()
+        cosine = self.metric == "cosine"
+        score = (known * vectors).sum(dim=2) if cosine else -(known - vectors).square().sum(dim=2).sqrt()
+        return score.masked_fill(items == 0, -torch.inf)
 
     def _refined(self, vectors: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The k nearest of the nearest by quick distances, by exact ones; of equals the smaller id."""

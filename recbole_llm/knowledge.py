@@ -128,7 +128,7 @@ class Knowledge:
             part: The shards that this process labels.
 
         Raises:
-            PartDone: Shards of other parts are missing, or another process of the launcher writes the manifest.
+            PartDone: Shards of other parts are missing, or another process writes the manifest.
         """
         folder, log = Path(folder), Log.from_dataset(dataset)
         names = Names.of(dataset, log)
@@ -161,25 +161,26 @@ class Knowledge:
             if parts[file.name] is None and (shard := whole_shard(file, of_shard)):
                 parts[file.name] = tensors_digest(shard)
         part.refuse_missing(folder, list(parts.values()))
-        vectors = {"item_embedding": item_table(teacher).float().cpu()[names.internal].contiguous()}
-        vectors["item_embedding"][0] = 0
-        write_tensors(folder / "item_embedding.safetensors", vectors)
-        parts["item_embedding.safetensors"] = tensors_digest(vectors)
-        manifest = {
-            "format": FORMAT,
-            "rows": len(rows),
-            "candidates": k,
-            "history": options["history"],
-            "scores": scores_of(teacher),
-            "fingerprint": fingerprint(log, names, rows, options["history"]),
-            "titles": titles_digest(dataset, names),
-            "provenance": options["provenance"],
-            "seconds": perf_counter() - began,
-            "parts": parts,
-        }
-        write_json(folder / "manifest.json", manifest)
-        for file in left:
-            file.unlink(missing_ok=True)
+        with part.ending(folder):
+            vectors = {"item_embedding": item_table(teacher).float().cpu()[names.internal].contiguous()}
+            vectors["item_embedding"][0] = 0
+            write_tensors(folder / "item_embedding.safetensors", vectors)
+            parts["item_embedding.safetensors"] = tensors_digest(vectors)
+            manifest = {
+                "format": FORMAT,
+                "rows": len(rows),
+                "candidates": k,
+                "history": options["history"],
+                "scores": scores_of(teacher),
+                "fingerprint": fingerprint(log, names, rows, options["history"]),
+                "titles": titles_digest(dataset, names),
+                "provenance": options["provenance"],
+                "seconds": perf_counter() - began,
+                "parts": parts,
+            }
+            write_json(folder / "manifest.json", manifest)
+            for file in left:
+                file.unlink(missing_ok=True)
         return cls.load(folder)
 
 

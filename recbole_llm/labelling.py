@@ -129,7 +129,8 @@ class Labeller:
 def rows_of_a_shard(most: int, rows: int) -> int:
     """Rows of a shard where they are labelled one by one: `most`, but no more than 1 % of all, which is what a kill may cost.
 
-    Shards of cheap teachers stay larger (`ROWS_OF_A_SHARD`, `ROWS_OF_A_CHEAP_SHARD`): these are done in seconds.
+    A shard is also the largest batch, so labels of less than a thousand rows are made in small ones. Shards of cheap teachers stay
+    larger (`ROWS_OF_A_SHARD`, `ROWS_OF_A_CHEAP_SHARD`): these are done in seconds.
     """
     return max(1, min(most, rows // 100))
 

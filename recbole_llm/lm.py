@@ -60,6 +60,7 @@ class LanguageModel:
         self._tokens = Tokens(tokenizer, text_config(network.config), self.causal)
         self._adapter: Adapter | None = None
         self._writing: nn.Module | None = None
+        self._read: tuple[nn.Module, tuple[int, ...], Any | None] | None = None
         head = network.get_output_embeddings() if self.causal else None
         # where input and hidden width differ (OPT-350m), the output projection knows the latter
         self.width: int = getattr(head, "in_features", None) or text_config(network.config).hidden_size
@@ -250,7 +251,7 @@ class LanguageModel:
                 return not trie.following(written)
             return decoding.end_of_title(self._tokens.text(written)) is not None
 
-        cache = decoding.shared_cache(network, rows[0][: max(1, shared)], self.device)
+        cache = self._read_once(network, tuple(rows[0][: max(1, shared)]))
         texts = [""] * len(rows)
         with tqdm(total=len(rows), desc=description, ncols=100, disable=not progress) as bar:
             for batch in decoding.plan([row[shared:] if cache else row for row in rows], tokens_per_batch):
@@ -351,12 +352,18 @@ class LanguageModel:
     def _writer(self) -> nn.Module:
         """The network that writes."""
         if self._writing is None:
-            self._writing = self._plain().eval()
+            self._writing, self._read = self._plain().eval(), None
             if self._adapter is not None:
                 self._adapter.merge_into(self._writing, self._network)
             if self.int8:
                 self._writing = in_int8(self._writing)
         return self._writing
+
+    def _read_once(self, network: nn.Module, tokens: tuple[int, ...]) -> Any | None:
+        """The cache of a beginning, kept until another network writes or prompts begin otherwise: every shard of a run has the same."""
+        if self._read is None or self._read[0] is not network or self._read[1] != tokens:
+            self._read = network, tokens, decoding.shared_cache(network, tokens, self.device)
+        return self._read[2]
 
     @torch.inference_mode()
     def _probe(self, network: nn.Module) -> torch.Tensor:

@@ -106,13 +106,27 @@ class Part:
             if not self.number:
                 distributed.barrier()
         elif self.of > 1:
-            import fcntl  # not everywhere, and nobody else needs it
-
-            folder.mkdir(parents=True, exist_ok=True)
-            with open(folder / ".lock", "w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
+            with held(folder / ".lock"):
                 yield
         else:
+            yield
+
+    @contextmanager
+    def ending(self, folder: Path) -> Iterator[None]:
+        """While this lasts, no other part set by hand ends the same labels.
+
+        Raises:
+            PartDone: Another one has ended them meanwhile, and goes on with the student.
+        """
+        if self.launched or self.of == 1:
+            yield
+            return
+        with held(folder.with_name(f".{folder.name}.lock")):
+            if (folder / "manifest.json").is_file():
+                raise PartDone(
+                    f"Part {self} of the labels is done, and so are all others: another process has ended the Knowledge in {folder} and "
+                    "goes on with the student."
+                )
             yield
 
     def refuse_missing(self, folder: Path, found: Sequence[str | None]) -> None:
@@ -139,6 +153,17 @@ class Part:
 
 WHOLE = Part()
 """All shards."""
+
+
+@contextmanager
+def held(file: Path) -> Iterator[None]:
+    """While this lasts, no other process holds the same file; one that is killed lets go of it."""
+    import fcntl  # not everywhere, and nobody else needs it
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file, "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def place() -> tuple[int, int]:

@@ -22,7 +22,7 @@ from recbole_llm.identity import model_folders
 from recbole_llm.item_text import check_quotes
 from recbole_llm.loaders import eval_loader
 from recbole_llm.model.dllm2rec import Distillation
-from recbole_llm.processes import PartDone, only_the_first
+from recbole_llm.processes import PartDone, only_the_first, place
 from recbole_llm.terms import AFTER_TRAINING
 from recbole_llm.trainer import SequenceTrainer, trainer_class
 
@@ -72,7 +72,7 @@ def run_recbole_llm(
     with log_into(folder, config["state"]):
         logger.info(f"{config['model']} on {config['dataset']}; everything about this run is in {folder}/")
         data = load_data(config)
-        steps = plan.steps(config, data, measure=estimate)
+        steps = plan.steps(config, data, measure=estimate and place()[0] == 0)
         logger.info(plan.text(steps))
         if estimate:
             return {"plan": steps, "folder": str(folder)}

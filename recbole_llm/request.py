@@ -62,14 +62,14 @@ def normalised(score: Tensor, there: Tensor, norm: str) -> Tensor:
     return torch.where(there, made, 0.0)
 
 
-def fused(cloud: Tensor, device: Tensor, there: Tensor, alpha: float, norm: str) -> Tensor:
+def fused(cloud: Tensor, device: Tensor, there: Tensor, alpha: Tensor | float, norm: str) -> Tensor:
     """Alpha * cloud + (1 - alpha) * device on normalised scores, -inf where there is no candidate [B, K].
 
     Args:
         cloud: The cloud's scores, -inf for what it did not propose, which counts as its lowest [B, K].
         device: The device's scores of the same candidates [B, K].
         there: Which are candidates [B, K].
-        alpha: 1 is the cloud's order, 0 the device's.
+        alpha: 1 is the cloud's order, 0 the device's; one number, or one of each list [B, 1].
         norm: See `normalised`.
     """
     listed = there & (cloud > LOWEST)

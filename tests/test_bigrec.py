@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from recbole_llm.model.bigrec import with_finite_tail
 from recbole_llm.quick_start import run_recbole_llm
 from recbole_llm.teacher import identity, rank
 from tests.pipelines import ring_settings
@@ -91,6 +92,17 @@ def test_candidates_are_those_of_the_full_ranking(ring, tiny_lm, index):
     assert all(len(set(row)) == 6 and 0 not in row for row in items.tolist())
     assert torch.allclose(target, scores.gather(1, batch[model.ITEM_ID].unsqueeze(1))[:, 0], atol=1e-5)
     assert len(model.outputs) == 8, "what was written is kept both times"
+
+
+def test_where_an_index_finds_no_more_the_last_score_stands():
+    score = torch.tensor([[-1.0, -2.0, -torch.inf], [-3.0, -torch.inf, -torch.inf]])
+    assert with_finite_tail(score).tolist() == [[-1.0, -2.0, -2.0], [-3.0, -3.0, -3.0]]
+
+
+def test_int8_tunes_as_float32_does_and_labels_otherwise(ring, tiny_lm):
+    exact, small = (Trained("BIGRec", ring, tiny_lm, llm_dtype=dtype).config for dtype in ("float32", "int8"))
+    assert identity(exact, labelling=False) == identity(small, labelling=False)
+    assert identity(exact, labelling=True) != identity(small, labelling=True)
 
 
 def test_no_title_is_embedded_twice(model, monkeypatch):

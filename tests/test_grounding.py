@@ -87,6 +87,35 @@ def test_the_score_of_an_item_is_that_of_the_search():
         assert torch.equal(grounder.score_of(texts, found), score)
 
 
+def test_item_zero_has_no_score():
+    for metric in grounding.METRICS:
+        score = Grounder(metric).fit(points(50)).score_of(points(2), torch.tensor([[0, 3], [4, 0]]))
+        assert torch.isneginf(score).tolist() == [[True, False], [False, True]]
+
+
+def test_what_all_items_have_in_common_hides_no_neighbour():
+    """Products of matrices alone would lose one neighbour of thirty here."""
+    items, texts = points(2001, 64) + 3000, points(200, 64, seed=1) + 3000
+    found, score = Grounder("l2").fit(items).search(texts, 10)
+    exact = -torch.cdist(texts.double(), items[1:].double())
+    assert torch.equal(found, exact.topk(10).indices + 1)
+    assert torch.allclose(score.double(), exact.topk(10).values, atol=1e-3)
+
+
+def test_neighbours_that_quick_distances_confuse_are_told_apart(monkeypatch):
+    items, texts = points(401, 2100), points(30, 2100, seed=1)
+    grounder = Grounder("l2").fit(items)
+    quick = grounder._found
+
+    def shuffled(index, vectors, k, direct=True):
+        found, score = quick(index, vectors, k, direct)
+        return found.flip(1), score  # as if the order of the quick ones were worth nothing
+
+    expected = grounder.search(texts, 5)
+    monkeypatch.setattr(grounder, "_found", shuffled)
+    assert torch.equal(grounder.search(texts, 5)[0], expected[0])
+
+
 def test_equal_items_come_in_the_order_of_their_ids_and_short_lists_end_in_item_zero():
     items = torch.tensor([[0.0], [2.0], [1.0], [1.0], [1.0]])
     found, score = Grounder("l2").fit(items).search(torch.tensor([[1.0]]), 6)

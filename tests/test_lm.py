@@ -375,6 +375,17 @@ def test_what_is_asked_again_is_answered_once(model, monkeypatch):
     assert sizes == [2] and texts[0] == texts[2] == texts[3] != texts[1]
 
 
+def test_a_beginning_is_read_once_for_all_calls(model, monkeypatch):
+    read, cache = [], decoding.shared_cache
+    monkeypatch.setattr(
+        decoding, "shared_cache", lambda network, tokens, device: read.append(tokens) or cache(network, tokens, device)
+    )
+    model._read = None
+    for texts in (["Say a", "Say b"], ["Say c", "Say dd"], ["Tell e", "Tell f"]):
+        model.generate(texts, max_new_tokens=4, progress=False)
+    assert len(read) == 2
+
+
 @pytest.mark.parametrize("beams", [1, 4])
 def test_a_prompt_is_read_once_whatever_the_beams(model, monkeypatch, beams):
     read = []
@@ -387,6 +398,7 @@ def test_a_prompt_is_read_once_whatever_the_beams(model, monkeypatch, beams):
         return forward(input_ids=input_ids, **rest)
 
     monkeypatch.setattr(network, "forward", counting)
+    model._read = None
     model.generate(["Say something about a", "Say something about bb"], max_new_tokens=6, beams=beams, progress=False)
     assert read[0][0] == 1 and read[1][0] == 2  # what both begin with, then the rest of each
     assert all(width == 1 and rows <= 2 * beams for rows, width in read[2:])
@@ -403,6 +415,7 @@ def test_finished_rows_are_not_computed_any_more(tuned, monkeypatch):
         return forward(input_ids=input_ids, **rest)
 
     monkeypatch.setattr(network, "forward", counting)
+    tuned._read = None
     tuned.generate(PROMPTS, max_new_tokens=64, progress=False)
     # one row for the shared beginning, then all of them, fewer as they end, and none after the last end
     assert sizes[:2] == [1, 6] and sizes[2:] == sorted(sizes[2:], reverse=True) and sizes[-1] < 6

@@ -349,3 +349,27 @@ def test_every_config_of_a_launchers_process_is_settled(ring, monkeypatch):
     config = Config("DLLM2Rec", "ring", None, ring_settings(ring, "DLLM2Rec"), read_argv=False)
     assert config["gpu_id"] == os.environ["CUDA_VISIBLE_DEVICES"] == "1" and config["state"] == "error"
     assert config["single_spec"] and config["local_rank"] == 0, "for RecBole it is a process on its own"
+
+
+def test_of_two_parts_that_find_everything_one_ends_the_labels(tmp_path):
+    """Whoever comes second finds the manifest once it may look, and trains no student beside the first."""
+    held_by_the_first = []
+    with Part(0, 2).ending(tmp_path):
+        other = subprocess.Popen(
+            [
+                sys.executable,
+                "-c",
+                f"import fcntl; f = open({str(tmp_path.with_name(f'.{tmp_path.name}.lock'))!r}, 'w'); fcntl.flock(f, 6)",
+            ],
+            stderr=subprocess.PIPE,
+        )
+        held_by_the_first.append(b"BlockingIOError" in other.communicate()[1])
+        (tmp_path / "manifest.json").write_text("{}")
+    assert held_by_the_first == [True]
+    with (
+        pytest.raises(PartDone, match="Part 2/2 of the labels is done, and so are all others"),
+        Part(1, 2).ending(tmp_path),
+    ):
+        raise AssertionError("the labels are ended already")
+    with Part().ending(tmp_path):
+        pass  # one process alone asks nobody

@@ -376,6 +376,17 @@ def test_each_age_of_a_list_has_the_share_that_is_best_for_it(made, steps):
         assert chosen.alpha[1] == chosen.alpha[2]
 
 
+@pytest.mark.parametrize("policy", ["never", "random", "always"])
+@pytest.mark.parametrize("steps", [1, 4, 10])
+@pytest.mark.parametrize("more", [{}, {"alpha_by_age": False}, {"alpha": 0.35}])
+def test_the_score_of_a_fusion_is_what_is_expected_of_it(made, policy, steps, more):
+    trial = trial_of(made, steps)
+    chosen = chosen_for(trial, policy=policy, **more)
+    asks = {"never": never, "always": always, "random": at_random(0.2)}[policy]
+    fusion = FUSIONS["linear"](chosen.alpha, chosen.norm)
+    assert chosen.score == pytest.approx(trial.run(asks, fusion, "NDCG", 5)[1].mean())
+
+
 def test_beyond_the_ages_that_were_tried_the_share_falls_with_age():
     ages = torch.tensor([0, 1, 3, 4, 12])
     assert share_at([0.4, 0.3, 0.2, 0.2], ages)[:, 0].tolist() == pytest.approx([0.4, 0.3, 0.2, 0.15, 0.05])

@@ -55,6 +55,7 @@ def test_a_split_that_is_not_leave_one_out_is_refused(source):
         ({"device_model": "DIN", "lsc_hard": "device"}, "lsc_hard=device: DIN scores one item at a time"),
         ({"device_model": "DIN", "lsc_policy": "history-drift"}, "lsc_policy=history-drift: DIN has no item vectors"),
         ({"device_model": "DIN", "lsc_own_candidates": 5}, "lsc_own_candidates=5: DIN scores one item at a time"),
+        ({"device_MAX_ITEM_LIST_LENGTH": 30}, "device_MAX_ITEM_LIST_LENGTH=30: batches hold the last 12 items"),
         ({"cloud": "DIN"}, "cloud=DIN: scores one item at a time"),
     ],
 )

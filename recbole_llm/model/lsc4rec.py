@@ -96,6 +96,11 @@ class LSC4Rec(SequentialRecommender):
         """How cloud and device are one: a function of their scores, of which are candidates, and of the age of the list."""
         return FUSIONS[self.settings.fusion](self.alpha, self.norm)
 
+    def load_other_parameter(self, para):
+        """Take what was chosen; a model of before shares had ages has a single one."""
+        super().load_other_parameter(para)
+        self.alpha = self.alpha if isinstance(self.alpha, list) else [self.alpha]
+
     def forward(self, *args):
         """The device model's own forward."""
         return self.device_model(*args)
@@ -205,6 +210,12 @@ class LSC4RecTrainer(SequenceTrainer):
         if self.settings.policy == "history-drift" and scorer.item_vectors() is None:
             raise ValueError(
                 f"lsc_policy=history-drift: {config['device_model']} has no item vectors; there is consistency, say. Set lsc_policy."
+            )
+        most = self.model.device_model.max_seq_length
+        if most > config["MAX_ITEM_LIST_LENGTH"]:
+            raise ValueError(
+                f"device_MAX_ITEM_LIST_LENGTH={most}: batches hold the last {config['MAX_ITEM_LIST_LENGTH']} items of a history only. Set "
+                "MAX_ITEM_LIST_LENGTH to that much or device_MAX_ITEM_LIST_LENGTH to less."
             )
         if get_model(config["cloud"]).full_sort_predict is AbstractRecommender.full_sort_predict:
             raise ValueError(

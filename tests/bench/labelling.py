@@ -1,11 +1,11 @@
 """Rows that BIGRec labels per second: as we do it, and as its authors call Hugging Face; and grounding alone.
 
 `python -m tests.bench.labelling`; half an hour on 2 cores. SmolLM2-135M-Instruct, briefly tuned so that its answers end, labels
-training rows of ml-100k. Peer: `generate` in batches of 8 in the order of the file, padded on the left, 4 beams, up to 32 tokens, float32;
-then the LLM's vector of what was written, torch.cdist to every item and a double argsort. Sides take turns in one process. Floor: the
-multiplications of the prompts' tokens that are not shared and of the answers' tokens, at the rate of a measured matrix product.
-Quality: top-10 lists at equal beams and rows, of our way, of the same without its shortcuts ("plain"), and of the peer's, whose search
-goes on behind the end of a title, so that other titles may win it.
+training rows of ml-100k. Peer: `generate` in batches of 8 in the order of the file, padded on the left, 4 beams, up to 32 tokens; then
+the LLM's vector of what was written, torch.cdist to every item and a double argsort. Sides take turns in one process, all in float32,
+whatever else the machine has. Floor: the multiplications of the prompts' tokens that are not shared and of the answers' tokens, at the
+rate of a measured matrix product. Quality: top-10 lists at equal beams and rows, of our way, of the same without its shortcuts
+("plain"), and of the peer's, whose search goes on behind the end of a title, so that other titles may win it.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from recbole_llm.decoding import common_prefix
 from recbole_llm.grounding import Grounder
 from recbole_llm.hooks import replaced
 from recbole_llm.knowledge import rows_to_label
-from recbole_llm.labelling import Labeller
+from recbole_llm.labelling import Labeller, rows_of_a_shard
 from recbole_llm.prompts import answer, read_answer
 from recbole_llm.rows import at_random
 from recbole_llm.sequences import Log
@@ -38,13 +38,14 @@ from recbole_llm.trainer import trainer_class
 
 RESULTS = Path(__file__).parent / "labelling.json"
 BATCH, BEAMS, LONGEST, K = 8, 4, 32, 10
+SHARD = rows_of_a_shard(64, 4096)
 
 
 def tuned(folder: str, rows: int):
     """BIGRec on ml-100k after a short tuning, and its training split."""
     settings = {
         "show_progress": False, "state": "ERROR", "checkpoint_dir": folder, "seed": 2020, "train_rows": rows, "valid_rows": 32, "epochs": 1,
-        "generate_max_new_tokens": LONGEST,
+        "generate_max_new_tokens": LONGEST, "llm_dtype": "float32",
     }  # fmt: skip
     config = Config("BIGRec", "ml-100k", None, settings, read_argv=False)
     init_seed(2020, True)
@@ -94,12 +95,12 @@ def write_in(model, int8: bool) -> None:
 
 
 def ours(model, log: Log, rows: torch.Tensor, beams: int, int8: bool = False) -> torch.Tensor:
-    """The ten best items of each row, labelled in shards as a Knowledge is [R, K]."""
+    """The ten best items of each row, labelled in the shards of a Knowledge of 4,096 rows [R, K]."""
     write_in(model, int8)
     model.config["generate_beams"] = beams
     model.shared.written.clear()
     found = {}
-    for chosen, of_shard in (labeller := Labeller(model, log, rows.sort().values, K, 64, None)).shards():
+    for chosen, of_shard in (labeller := Labeller(model, log, rows.sort().values, K, SHARD, None)).shards():
         shard = labeller.label(chosen, of_shard)
         found |= dict(zip(shard["row"].tolist(), shard["items"], strict=True))
     return torch.stack([found[row] for row in rows.tolist()])
