@@ -345,6 +345,7 @@ def test_a_launchers_process_has_a_gpu_of_its_own_and_its_further_configs_the_sa
 
 
 def test_every_config_of_a_launchers_process_is_settled(ring, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)  # RecBole sets it in every process that has had a Config
     launched(monkeypatch)
     config = Config("DLLM2Rec", "ring", None, ring_settings(ring, "DLLM2Rec"), read_argv=False)
     assert config["gpu_id"] == os.environ["CUDA_VISIBLE_DEVICES"] == "1" and config["state"] == "error"
