@@ -24,6 +24,7 @@ INDEXES: dict[str, tuple[str, str]] = {
 }
 
 _QUERIES_AT_A_TIME = 64
+_SEARCHED_AT_A_TIME = 512
 _MARGIN = 16
 """Items that are looked at beyond those asked for, since the quick distances are a little off."""
 _RECALL_QUERIES = 256
@@ -126,7 +127,7 @@ class Grounder:
         """
         most = min(k, self.n_items - 1)
         if self.index == "exact":
-            parts = [self._refined(chunk, most) for chunk in vectors.split(_QUERIES_AT_A_TIME)]
+            parts = [self._refined(chunk, most) for chunk in vectors.split(_SEARCHED_AT_A_TIME)]
             items, score = (torch.cat(column) for column in zip(*parts, strict=True))
         else:
             items, score = self._found(self._fast, vectors, most)

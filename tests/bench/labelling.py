@@ -1,4 +1,4 @@
-"""Rows that BIGRec labels per second: as we do it, and as its authors call Hugging Face; and grounding alone.
+"""Rows that BIGRec labels per second: as we do it, and as its authors call Hugging Face.
 
 `python -m tests.bench.labelling`; half an hour on 2 cores. SmolLM2-135M-Instruct, briefly tuned so that its answers end, labels
 training rows of ml-100k. Peer: `generate` in batches of 8 in the order of the file, padded on the left, 4 beams, up to 32 tokens; then
@@ -9,13 +9,10 @@ rate of a measured matrix product. Quality: top-10 lists at equal beams and rows
 """
 
 import argparse
-import multiprocessing
-import resource
 import tempfile
 from pathlib import Path
 from time import perf_counter
 
-import psutil
 import torch
 import transformers
 from recbole.data import data_preparation
@@ -26,7 +23,6 @@ from recbole_llm.artifacts import write_json
 from recbole_llm.config import Config
 from recbole_llm.dataset import create_dataset
 from recbole_llm.decoding import common_prefix
-from recbole_llm.grounding import Grounder
 from recbole_llm.hooks import replaced
 from recbole_llm.knowledge import rows_to_label
 from recbole_llm.labelling import Labeller, rows_of_a_shard
@@ -128,39 +124,6 @@ def least_seconds(model, log: Log, rows: torch.Tensor) -> float:
     return 2 * (body * fresh + (body + head) * written) / rate
 
 
-def side_of_grounding(ours_or_peer: str, queries: int, items: int, width: int = 576) -> tuple[float, float, list]:
-    """Seconds, bytes that the process grew by at its largest, and the ten best items of each vector, sorted."""
-    generator = torch.Generator().manual_seed(0)
-    table = torch.randn(items + 1, width, generator=generator)
-    table[:, 3] += 300  # hidden states of LLMs have such dimensions
-    noise = 0.5 * torch.randn(queries, width, generator=generator)
-    vectors = table[torch.randint(1, items + 1, (queries,), generator=generator)] + noise
-    grounder = Grounder().fit(table)
-    grounder.search(vectors[:4], K)
-    before = psutil.Process().memory_info().rss
-    if ours_or_peer == "ours":
-        seconds, found = seconds_of(lambda: grounder.search(vectors, K)[0])
-    else:
-        seconds, rank = seconds_of(lambda: torch.cdist(vectors, table[1:]).argsort(dim=1).argsort(dim=1))
-    grown = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    if ours_or_peer == "peer":
-        found = (rank < K).nonzero()[:, 1].view(queries, K) + 1
-    return seconds, grown, found.sort(dim=1).values.tolist()
-
-
-def grounding(queries: int, items: int) -> dict[str, float]:
-    """Both sides of grounding vectors in a catalogue, each in a process of its own, one after the other."""
-    sides = {}
-    for name in ("ours", "peer"):
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            sides[name] = pool.apply(side_of_grounding, (name, queries, items))
-    (fast, fast_memory, found), (slow, slow_memory, expected) = sides["ours"], sides["peer"]
-    return {
-        "ours s": fast, "peer s": slow, "ratio": slow / fast, "ours MB": fast_memory / 1e6, "peer MB": slow_memory / 1e6,
-        "memory ratio": slow_memory / max(1, fast_memory), "equal lists": sum(map(list.__eq__, found, expected)) / queries,
-    }  # fmt: skip
-
-
 def overlap(first: torch.Tensor, second: torch.Tensor) -> float:
     """Mean share of the items of one list that are in the other [R, K] each."""
     return float((first.unsqueeze(2) == second.unsqueeze(1)).any(dim=2).float().mean())
@@ -174,12 +137,9 @@ def main() -> None:
     )
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--quality", type=int, default=256, help="rows whose lists are compared")
-    parser.add_argument("--queries", type=int, default=10_000)
-    parser.add_argument("--items", type=int, default=17_000)
     asked = parser.parse_args()
     transformers.logging.set_verbosity_error()
-    results = {"threads": torch.get_num_threads(), "grounding": grounding(asked.queries, asked.items)}
-    print({key: round(value, 4) for key, value in results["grounding"].items()})
+    results: dict = {"threads": torch.get_num_threads()}
     with tempfile.TemporaryDirectory() as folder:
         model, dataset = tuned(folder, 128)
         log = Log.from_dataset(dataset)
