@@ -156,4 +156,6 @@ def in_int8(network: nn.Module) -> nn.Module:
         )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return quantization.quantize_dynamic(network, {nn.Linear}, dtype=torch.qint8, inplace=True)
+        # one scale for a whole matrix loses the titles: 6 % of the items of a top-10 list were left
+        layers = {nn.Linear: quantization.per_channel_dynamic_qconfig}
+        return quantization.quantize_dynamic(network, layers, dtype=torch.qint8, inplace=True)

@@ -1,17 +1,21 @@
-"""Which training rows a teacher labels that cannot label all: orders of the rows, the most wanted first, as pure functions.
+"""Which rows a teacher is asked about that cannot be asked about all: training rows to label, and a sample of an evaluation's.
 
-A policy takes a log, the tokens of its users in the log's order, and a seed, and returns all row numbers [M]. No policy reads a row's
-target: where a row is chosen because its target surprises, the labels teach what is true of surprising targets only, and the share of
-rows on which the teacher is right is no longer that of all rows. Rows of equal worth stand in a seeded order.
+The policies of labelling are orders of the training rows, the most wanted first, as pure functions. A policy takes a log, the tokens of its
+users in the log's order, and a seed, and returns all row numbers [M]. No policy reads a row's target: where a row is chosen because its
+target surprises, the labels teach what is true of surprising targets only, and the share of rows on which the teacher is right is no longer
+that of all rows. Rows of equal worth stand in a seeded order.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+from recbole.data.dataloader import FullSortEvalDataLoader
 from torch import Tensor
 
 from recbole_llm.folds import folds_of
 from recbole_llm.sequences import Log
+from recbole_llm.teacher import sample_of_rows
 
 FOLDS = 10
 """Parts of the users, each of which is judged by counts of all others; more would change little and cost more."""
@@ -97,3 +101,38 @@ def first(order: Tensor, count: int, late: Tensor) -> Tensor:
 def _by(worth: Tensor, ties: Tensor) -> Tensor:
     """Row numbers by ascending worth [M], those of equal worth in the order of `ties` [M]."""
     return ties[torch.sort(worth[ties], stable=True).indices]
+
+
+def row_order(dataset: Any) -> Tensor:
+    """Rows of an evaluation split in the order of their users' tokens, which no file order changes."""
+    tokens = dataset.field2id_token[dataset.uid_field]
+    users = dataset.inter_feat[dataset.uid_field].tolist()
+    return torch.tensor(sorted(range(len(users)), key=lambda row: (str(tokens[users[row]]), row)))
+
+
+def chosen_rows(dataset: Any, count: int, seed: int) -> Tensor:
+    """Which rows of an evaluation split are looked at, ascending; all if `count` is 0 [count]."""
+    order = row_order(dataset)
+    return order[sample_of_rows(len(order), count, seed)].sort().values
+
+
+def eval_rows(loader: Any, count: int, seed: int) -> Any:
+    """A seeded sample of a loader's rows as one batch."""
+    dataset = loader._dataset
+    return dataset[chosen_rows(dataset, count, seed)]
+
+
+def some_of(loader: Any, rows: Tensor, config: Any) -> Any:
+    """A loader over some rows of another full-ranking loader, in the batches of `config`.
+
+    Raises:
+        ValueError: A part of the rows is asked for, and the loader ranks sampled items only.
+    """
+    if isinstance(loader, FullSortEvalDataLoader):
+        dataset = loader._dataset.copy(loader._dataset.inter_feat[rows])
+        return FullSortEvalDataLoader(config, dataset, loader._sampler, shuffle=False)
+    if len(rows) < len(loader._dataset):
+        raise ValueError(
+            "teacher_eval_rows: a sample of rows needs full ranking. Set eval_args mode to full or teacher_eval_rows to 0."
+        )
+    return loader

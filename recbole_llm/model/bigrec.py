@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from recbole.data.dataloader import FullSortEvalDataLoader
 from recbole.utils import InputType, get_model
 from torch import Tensor
 
@@ -24,6 +23,7 @@ from recbole_llm.item_text import ItemText
 from recbole_llm.prompts import PREAMBLE, Words, answer, prompt, read_answer
 from recbole_llm.recommend import SavedCatalogue
 from recbole_llm.report import SINGLE_TARGET, row_metric
+from recbole_llm.rows import chosen_rows, eval_rows, some_of
 from recbole_llm.sequences import Log
 from recbole_llm.teacher import Teacher, sample_of_rows
 from recbole_llm.trainer import SequenceTrainer
@@ -414,38 +414,3 @@ def with_finite_tail(score: Tensor) -> Tensor:
     """Scores of candidates, best first [B, K], where the last one's stands where an approximate index found no more."""
     last = score.masked_fill(score == -torch.inf, torch.inf).amin(dim=1, keepdim=True)
     return torch.where(score == -torch.inf, last, score)
-
-
-def row_order(dataset: Any) -> Tensor:
-    """Rows of an evaluation split in the order of their users' tokens, which no file order changes."""
-    tokens = dataset.field2id_token[dataset.uid_field]
-    users = dataset.inter_feat[dataset.uid_field].tolist()
-    return torch.tensor(sorted(range(len(users)), key=lambda row: (str(tokens[users[row]]), row)))
-
-
-def chosen_rows(dataset: Any, count: int, seed: int) -> Tensor:
-    """Which rows of an evaluation split are looked at, ascending; all if `count` is 0 [count]."""
-    order = row_order(dataset)
-    return order[sample_of_rows(len(order), count, seed)].sort().values
-
-
-def eval_rows(loader: Any, count: int, seed: int) -> Any:
-    """A seeded sample of a loader's rows as one batch."""
-    dataset = loader._dataset
-    return dataset[chosen_rows(dataset, count, seed)]
-
-
-def some_of(loader: Any, rows: Tensor, config: Any) -> Any:
-    """A loader over some rows of another full-ranking loader, in the batches of `config`.
-
-    Raises:
-        ValueError: A part of the rows is asked for, and the loader ranks sampled items only.
-    """
-    if isinstance(loader, FullSortEvalDataLoader):
-        dataset = loader._dataset.copy(loader._dataset.inter_feat[rows])
-        return FullSortEvalDataLoader(config, dataset, loader._sampler, shuffle=False)
-    if len(rows) < len(loader._dataset):
-        raise ValueError(
-            "teacher_eval_rows: a sample of rows needs full ranking. Set eval_args mode to full or teacher_eval_rows to 0."
-        )
-    return loader
