@@ -138,24 +138,3 @@ def twin(network: nn.Module, dtype: torch.dtype) -> nn.Module:
         same = weight.dtype == dtype
         tensors[id(weight)] = weight if same else nn.Parameter(weight.detach().to(dtype), requires_grad=False)
     return copy.deepcopy(network, tensors)
-
-
-def in_int8(network: nn.Module) -> nn.Module:
-    """The network itself, its linear layers with int8 weights from now on; inputs are rounded row by row as they come. CPU only.
-
-    torch.ao's is the one that needs nothing besides torch; it has been called deprecated since torch 2.10, and torchao's kernels want a
-    compiler on the machine.
-
-    Raises:
-        ValueError: This torch has it no more.
-    """
-    quantization = getattr(torch.ao, "quantization", None)
-    if not hasattr(quantization, "quantize_dynamic"):
-        raise ValueError(
-            f"llm_dtype=int8: torch {torch.__version__} has no torch.ao.quantization; there are float32 and bfloat16. Set llm_dtype."
-        )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        # one scale for a whole matrix loses the titles: 6 % of the items of a top-10 list were left
-        layers = {nn.Linear: quantization.per_channel_dynamic_qconfig}
-        return quantization.quantize_dynamic(network, layers, dtype=torch.qint8, inplace=True)

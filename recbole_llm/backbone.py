@@ -254,16 +254,10 @@ def working_dtype(wanted: str, device: torch.device) -> torch.dtype:
     forward and LoRA steps are 3 to 6 times slower than in float32. float16 is never used: T5 and others overflow.
 
     Raises:
-        ValueError: Unknown format, or one that the device has not.
+        ValueError: Unknown format.
     """
-    if wanted not in {"auto", "float32", "bfloat16", "int8"}:
-        raise ValueError(f"llm_dtype={wanted}: unknown number format; there are auto, float32, bfloat16, int8.")
-    if wanted == "int8":
-        if device.type != "cpu":
-            raise ValueError(
-                f"llm_dtype=int8: is for CPUs, and this runs on {device}; there are auto, float32, bfloat16. Set llm_dtype."
-            )
-        return torch.float32
+    if wanted not in {"auto", "float32", "bfloat16"}:
+        raise ValueError(f"llm_dtype={wanted}: unknown number format; there are auto, float32, bfloat16.")
     if wanted != "auto":
         return getattr(torch, wanted)
     if device.type == "cuda":

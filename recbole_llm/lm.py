@@ -17,7 +17,7 @@ from torch import nn
 from tqdm import tqdm
 
 from recbole_llm import decoding, pretrained
-from recbole_llm.adapter import Adapter, in_int8, twin
+from recbole_llm.adapter import Adapter, twin
 from recbole_llm.backbone import causal_by_training, quietly, text_config, working_dtype
 from recbole_llm.lora import Pair, Schedule, fit
 from recbole_llm.tokens import Tokens, padded
@@ -32,7 +32,6 @@ class LanguageModel:
         name: The name it was asked for by.
         folder: Where its files are.
         dtype: Number format in which a causal model is tuned and writes.
-        int8: Whether it writes with int8 weights.
 
     Attributes:
         width: Length of the vectors that `embed` returns.
@@ -42,16 +41,9 @@ class LanguageModel:
     """
 
     def __init__(
-        self,
-        network: nn.Module,
-        tokenizer: Any,
-        *,
-        name: str,
-        folder: str | Path,
-        dtype: torch.dtype = torch.float32,
-        int8: bool = False,
+        self, network: nn.Module, tokenizer: Any, *, name: str, folder: str | Path, dtype: torch.dtype = torch.float32
     ) -> None:
-        self.name, self.int8 = name, int8
+        self.name = name
         self.folder = str(folder)
         self.provenance = pretrained.provenance_of(folder)
         self.causal = causal_by_training(network.config)
@@ -82,7 +74,7 @@ class LanguageModel:
             name: Folder, or standard name on the Hugging Face hub.
             revision: Branch, tag or commit on the hub.
             device: Where it computes.
-            dtype: `float32`, `bfloat16`, `auto` (bfloat16 where the hardware computes in it), or `int8`, which tunes in float32.
+            dtype: `float32`, `bfloat16`, or `auto`: bfloat16 where the hardware computes in it.
             threads: CPU threads that torch uses from now on.
             key: The setting that names the model, for messages.
 
@@ -111,13 +103,12 @@ class LanguageModel:
         # a checkpoint's own sampling settings or repetition penalty would change what greedy means
         if causal_by_training(config):
             network.generation_config = transformers.GenerationConfig()
-        model = cls(network.to(device), tokenizer, name=name, folder=folder, dtype=work, int8=dtype == "int8")
+        model = cls(network.to(device), tokenizer, name=name, folder=folder, dtype=work)
         millions = sum(weight.numel() for weight in network.parameters()) / 1e6
         logging.getLogger().info(
             f"{name}: {millions:.1f} M parameters, width {model.width}, on {device}"
             + (f" with {torch.get_num_threads()} threads" if device.type == "cpu" else "")
             + (f", tuned and decoded in {str(work).removeprefix('torch.')}" if model.causal else "")
-            + (", int8 weights where it writes" if model.int8 else "")
         )
         return model
 
@@ -355,8 +346,6 @@ class LanguageModel:
             self._writing, self._read = self._plain().eval(), None
             if self._adapter is not None:
                 self._adapter.merge_into(self._writing, self._network)
-            if self.int8:
-                self._writing = in_int8(self._writing)
         return self._writing
 
     def _read_once(self, network: nn.Module, tokens: tuple[int, ...]) -> Any | None:

@@ -190,8 +190,6 @@ def identity(config: Any, labelling: bool) -> dict[str, Any]:
     if not labelling and config["ground_reweight"] in (None, "none"):  # gamma is chosen when the teacher is trained
         keys = {key for key in keys if not key.startswith(LABELLING)}
     settings = {"model": name, **{key: config[key] for key in sorted(keys)}}
-    if not labelling and settings.get("llm_dtype") == "int8":  # which writes only, and is tuned in float32
-        settings["llm_dtype"] = "float32"
     if config["prompt_lead"]:  # the template itself stands in code
         words = Words(config["prompt_instruction"], config["prompt_lead"], config["prompt_preamble"] or PREAMBLE)
         settings["prompt"] = [prompt(words, ["first", "second"]), answer("third")]

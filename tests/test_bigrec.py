@@ -99,12 +99,6 @@ def test_where_an_index_finds_no_more_the_last_score_stands():
     assert with_finite_tail(score).tolist() == [[-1.0, -2.0, -2.0], [-3.0, -3.0, -3.0]]
 
 
-def test_int8_tunes_as_float32_does_and_labels_otherwise(ring, tiny_lm):
-    exact, small = (Trained("BIGRec", ring, tiny_lm, llm_dtype=dtype).config for dtype in ("float32", "int8"))
-    assert identity(exact, labelling=False) == identity(small, labelling=False)
-    assert identity(exact, labelling=True) != identity(small, labelling=True)
-
-
 def test_no_title_is_embedded_twice(model, monkeypatch):
     scripted(model, ["coral otters", "no such animal"])
     model.model.item_embeddings()

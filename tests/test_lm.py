@@ -503,20 +503,6 @@ def test_bfloat16_is_for_tuning_and_writing_only(model, tiny_lm):
     assert torch.equal(half.embed(WORDS), model.embed(WORDS))
 
 
-def test_int8_is_for_writing_only(tuned, tiny_lm):
-    small = LanguageModel.load(str(tiny_lm), dtype="int8")
-    assert torch.equal(small.embed(WORDS), tuned.embed(WORDS))
-    small.load_adapter_state(tuned.adapter_state())
-    kinds = {type(module).__module__ for module in small._writer().modules() if type(module).__name__ == "Linear"}
-    assert kinds == {"torch.ao.nn.quantized.dynamic.modules.linear"}
-    assert all(type(weight) is not torch.qint8 for weight in small._network.parameters())
-    for beams in (1, 3):
-        ours, exact = (each.generate(PROMPTS, beams=beams, progress=False) for each in (small, tuned))
-        assert sum(map(str.__eq__, ours, exact)) > len(PROMPTS) / 2
-    with pytest.raises(ValueError, match="llm_dtype=int8: is for CPUs, and this runs on cuda"):
-        working_dtype("int8", torch.device("cuda"))
-
-
 def test_a_twin_shares_what_it_need_not_change(model):
     same, half = twin(model._network, torch.float32), twin(model._network, torch.bfloat16)
     for a, b in zip(model._network.parameters(), same.parameters(), strict=True):

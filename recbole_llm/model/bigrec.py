@@ -70,7 +70,7 @@ class BIGRec(Teacher):
         self.reweight = choice(config, "ground_reweight", ("none", "popularity", "collaborative"))
         choice(config, "ground_metric", METRICS)
         choice(config, "ground_index", INDEXES)
-        choice(config, "llm_dtype", ("auto", "float32", "bfloat16", "int8"))
+        choice(config, "llm_dtype", ("auto", "float32", "bfloat16"))
         if find_spec("faiss") is None:
             raise ValueError(
                 "model=BIGRec: grounding needs FAISS, which is not installed. Install it: pip install faiss-cpu"

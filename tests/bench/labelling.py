@@ -61,7 +61,6 @@ class AuthorsWay:
 
     def write(self, rows: torch.Tensor) -> list[str]:
         """What the LLM writes for some rows."""
-        write_in(self.model, int8=False)
         lm, written = self.model.lm, []
         histories, _ = self.log.history(self.log.rows()[rows], self.model.history_length)
         how = transformers.GenerationConfig(
@@ -83,16 +82,8 @@ class AuthorsWay:
         return (rank < K).nonzero()[:, 1].view(len(rows), K) + 1
 
 
-def write_in(model, int8: bool) -> None:
-    """Let the LLM write with int8 weights, or as it is."""
-    if model.lm.int8 != int8:
-        model.lm.int8, model.lm._writing = int8, None
-        model.lm._writer()
-
-
-def ours(model, log: Log, rows: torch.Tensor, beams: int, int8: bool = False) -> torch.Tensor:
+def ours(model, log: Log, rows: torch.Tensor, beams: int) -> torch.Tensor:
     """The ten best items of each row, labelled in the shards of a Knowledge of 4,096 rows [R, K]."""
-    write_in(model, int8)
     model.config["generate_beams"] = beams
     model.shared.written.clear()
     found = {}
@@ -146,7 +137,7 @@ def main() -> None:
         rows = rows_to_label(model, at_random(log, (), 1), 8 * asked.rows)
         few = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[: asked.rows]].sort().values
         peers = {beams: AuthorsWay(model, log, beams) for beams in (1, BEAMS)}
-        rates: dict[str, list[float]] = {"authors, 4 beams": [], "ours, 4 beams": [], "ours": [], "ours, int8": []}
+        rates: dict[str, list[float]] = {"authors, 4 beams": [], "ours, 4 beams": [], "ours": []}
         floor = []
         for turn in range(asked.turns):
             rates["authors, 4 beams"].append(len(few) / seconds_of(peers[BEAMS].label, few)[0])
@@ -154,7 +145,6 @@ def main() -> None:
             spent, _ = seconds_of(ours, model, log, rows, 1)
             rates["ours"].append(len(rows) / spent)
             floor.append(spent / least_seconds(model, log, rows))
-            rates["ours, int8"].append(len(rows) / seconds_of(ours, model, log, rows, 1, True)[0])
             print(turn, {name: round(each[-1], 2) for name, each in rates.items()}, f"floor {floor[-1]:.2f}")
         results["rows per second"] = rates
         results["ours / authors"] = [
@@ -172,10 +162,9 @@ def main() -> None:
             # every prompt read whole, by `generate`, up to the title's end
             with replaced(decoding, "shared_cache", lambda *_: None):
                 lists["plain"] = ours(model, log, some, beams)
-            lists["int8"] = ours(model, log, some, beams, int8=True)
             results["quality"][f"{beams} beams"] = {
                 **{f"HR@10 {name}": float((each == targets).any(dim=1).float().mean()) for name, each in lists.items()},
-                **{f"overlap with {name}": overlap(lists["ours"], lists[name]) for name in ("plain", "authors", "int8")},
+                **{f"overlap with {name}": overlap(lists["ours"], lists[name]) for name in ("plain", "authors")},
             }  # fmt: skip
         print(results["quality"])
     write_json(RESULTS, results)
