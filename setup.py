@@ -20,7 +20,7 @@ setup(
     package_dir={"recbole_llm.properties": "properties"},
     package_data={
         "recbole_llm": ["py.typed"],
-        "recbole_llm.properties": ["*.yaml", "model/*.yaml", "dataset/*.yaml", "benchmark/*.yaml"],
+        "recbole_llm.properties": ["*.yaml", "model/*.yaml", "dataset/*.yaml", "benchmark/*.yaml", "tuned/*.yaml"],
     },
     entry_points={"console_scripts": ["recbole_llm=recbole_llm.command:main"]},
     install_requires=[

@@ -22,6 +22,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--estimate", action="store_true", help="print the plan and its time, labelling by an LLM measured, and stop"
     )
+    parser.add_argument(
+        "--benchmark", help="yaml file of a benchmark: runs what is missing of it, and writes results/<name>"
+    )
+    parser.add_argument("--only", default="*", help="of a benchmark: pattern of <data set>/<row> that is to be run")
+    parser.add_argument(
+        "--seeds", default="", help="of a benchmark: seeds that are to be run, separated by commas; all"
+    )
+    parser.add_argument(
+        "--verify", action="store_true", help="run a benchmark from scratch and compare it with its committed results"
+    )
     parser.add_argument("-h", "--help", action="store_true", help="print this help and stop")
     names, settings = parser.parse_known_args(argv)
     if names.help:
@@ -33,6 +43,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     # RecBole's Config reads sys.argv: it must not see the flags that have no value
     sys.argv = [sys.argv[0], *settings]
+    if names.benchmark or names.verify:
+        return benchmark(names, settings)
     from recbole_llm.config import read_yaml  # --help needs neither torch nor RecBole
     from recbole_llm.quick_start import run_recbole_llm
 
@@ -42,6 +54,37 @@ def main(argv: list[str] | None = None) -> int:
     chosen |= {key: value for key, value in vars(names).items() if key in chosen and value}
     try:
         run_recbole_llm(**chosen, config_file_list=files or None, estimate=names.estimate, read_argv=True)
+    except ValueError as error:
+        if not said_by_us(error):
+            raise
+        print(f"\n{error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def benchmark(names: argparse.Namespace, settings: list[str]) -> int:
+    """Run, estimate or verify a benchmark; 1 where what comes out is not what is committed, 2 where a setting is wrong."""
+    sys.argv = sys.argv[:1]  # settings go to every run of the benchmark, which reads no command line
+    import yaml
+
+    from recbole_llm.results import estimate_benchmark, run_benchmark, verify
+
+    file = names.benchmark or "properties/benchmark/smoke.yaml"
+    pairs = (word.removeprefix("--").split("=", 1) for word in settings)
+    overrides = {key: yaml.safe_load(value) for key, value in pairs}
+    seeds = [int(seed) for seed in names.seeds.split(",") if seed]
+    try:
+        if names.estimate:
+            print(estimate_benchmark(file, overrides, names.only, seeds))
+        elif names.verify:
+            if differ := verify(file, overrides):
+                print(
+                    f"{file}: {len(differ)} cells differ from what is committed:", *differ, sep="\n  ", file=sys.stderr
+                )
+                return 1
+            print(f"{file}: every number is as committed.")
+        else:
+            print(run_benchmark(file, overrides, names.only, seeds))
     except ValueError as error:
         if not said_by_us(error):
             raise

@@ -32,6 +32,29 @@ class KeepsRanks(Evaluator):
         return super().evaluate(dataobject)
 
 
+class TopLists:
+    """The best items of every evaluated row, and how sure the model was of the first of them.
+
+    Args:
+        k: Items of a list; all real items where there are fewer.
+    """
+
+    def __init__(self, k: int):
+        self.k = k
+        self._items: list[Tensor] = []
+        self._sure: list[Tensor] = []
+
+    def add(self, scores: Tensor) -> None:
+        """Take the lists of some further rows; scores [B, n_items] as they are ranked, padding item and seen items last."""
+        best = scores.topk(min(self.k, scores.shape[1] - 1), dim=1)
+        self._items.append(best.indices.int().cpu())
+        self._sure.append((best.values[:, 0] - scores.logsumexp(dim=1)).float().cpu())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """`items` [R, k], best first, and `sure` [R], the log of the first one's share of the softmax over the catalogue."""
+        return {"items": torch.cat(self._items), "sure": torch.cat(self._sure)}
+
+
 def by_length(batch: Interaction, items: str, length: str, limit: int = 16384) -> Iterator[tuple[Tensor, Interaction]]:
     """A batch of padded histories as smaller ones of like length, each cut to its longest history.
 

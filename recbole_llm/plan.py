@@ -35,13 +35,14 @@ class Step:
     measured: rehearsal.Rehearsal | None = None
 
 
-def steps(config: Any, data: Any, measure: bool = False) -> list[Step]:
+def steps(config: Any, data: Any, measure: bool = False, alone: bool = True) -> list[Step]:
     """The stages of a run.
 
     Args:
         config: Our Config.
         data: RecBole's training, validation and test loaders.
         measure: Whether labelling by a prompted LLM is tried out for half a minute, not counted.
+        alone: Whether the student alone is trained beside the distilled one.
     """
     train_data, test_data = data.train, data.test
     rate = multiplications_per_second()
@@ -60,8 +61,8 @@ def steps(config: Any, data: Any, measure: bool = False) -> list[Step]:
         plan.append(Step(f"Take the Knowledge from {config['teacher_knowledge']}", None))
     elif Distillation.from_config(config).asks_teacher(config):
         plan += teaching(config, data, rate, measure)
-    for name in (f"{config['student']} alone", f"{config['student']} distilled"):
-        plan.append(training(config, name, targets, train_data._dataset.item_num, rate))
+    for how in ("alone", "distilled") if alone else ("distilled",):
+        plan.append(training(config, f"{config['student']} {how}", targets, train_data._dataset.item_num, rate))
     return plan
 
 

@@ -3,7 +3,7 @@
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -14,23 +14,27 @@ from recbole.utils import get_model, init_logger, init_seed
 from recbole.utils.logger import RemoveColorFilter
 
 from recbole_llm import folds, knowledge, plan, report, teacher
-from recbole_llm.artifacts import DamagedArtifact, digest, file_digest, write_json
+from recbole_llm.artifacts import DamagedArtifact, digest, file_digest, read_metadata, write_json, write_tensors
 from recbole_llm.checkpoint import settings_of
 from recbole_llm.config import Config, check_topk, role_config
 from recbole_llm.dataset import create_dataset
+from recbole_llm.evaluation import TopLists
 from recbole_llm.identity import model_folders
 from recbole_llm.item_text import check_quotes
 from recbole_llm.loaders import eval_loader
 from recbole_llm.model.dllm2rec import Distillation
+from recbole_llm.peak import Peak
 from recbole_llm.processes import PartDone, only_the_first, place
 from recbole_llm.terms import AFTER_TRAINING
 from recbole_llm.trainer import SequenceTrainer, trainer_class
 
+LISTS = "lists.safetensors"
+"""A model's best items of every test row, beside its metrics."""
 # Settings that change what is printed or where it runs, but not what comes out.
 NOT_IDENTITY = {
     "show_progress", "resume", "checkpoint_dir", "state", "gpu_id", "use_gpu", "config_files", "config_file_list", "data_path",
     "log_wandb", "wandb_project", "allow_keys", "device", "distill_modes", "save_dataset", "save_dataloaders", "device_settings",
-    "teacher_shard",
+    "teacher_shard", "keep_lists",
 }  # fmt: skip
 
 
@@ -41,6 +45,7 @@ def run_recbole_llm(
     config_dict: dict[str, Any] | None = None,
     estimate: bool = False,
     read_argv: bool = False,
+    alone: bool = True,
 ) -> dict[str, Any]:
     """Train and evaluate a model, with everything that it needs before; like RecBole's `run_recbole`, but resumable.
 
@@ -51,6 +56,7 @@ def run_recbole_llm(
         config_dict: Settings that win over the files.
         estimate: Whether to stop after the plan and its estimated time, of which labelling by a prompted LLM is measured.
         read_argv: Whether the command line is read, too (the command does).
+        alone: Whether a distilled student is shown beside the same student alone; a benchmark has that as a row of its own.
 
     Returns:
         RecBole's `best_valid_score`, `valid_score_bigger`, `best_valid_result` and `test_result` of the model, and `table` (text),
@@ -72,13 +78,13 @@ def run_recbole_llm(
     with log_into(folder, config["state"]):
         logger.info(f"{config['model']} on {config['dataset']}; everything about this run is in {folder}/")
         data = load_data(config)
-        steps = plan.steps(config, data, measure=estimate and place()[0] == 0)
+        steps = plan.steps(config, data, measure=estimate and place()[0] == 0, alone=alone)
         logger.info(plan.text(steps))
         if estimate:
             return {"plan": steps, "folder": str(folder)}
         refuse_early(config, data)
         try:
-            lines, more = worked(config, data)
+            lines, more = worked(config, data, alone)
         except PartDone as done:
             logger.warning(done)
             return {"part": str(done), "folder": str(folder)}
@@ -149,27 +155,33 @@ def refuse_teacher(config: Config, model: Any, data: Data) -> None:
         teacher.refuse_memorised(model, len(data.train._dataset))
 
 
-def worked(config: Config, data: Data) -> tuple[list[report.Line], str]:
+def worked(config: Config, data: Data, beside: bool = True) -> tuple[list[report.Line], str]:
     """Do all that a run is for: the lines of its table, and further tables as text.
+
+    Args:
+        config: The run's.
+        data: Its loaders.
+        beside: Whether the student alone stands beside a distilled one.
 
     Raises:
         PartDone: This process has labelled its part of the rows, and another one goes on.
     """
     if config["student"] and config["distill_mode"] != "off":
-        return distillation(config, data), ""
+        return distillation(config, data, beside), ""
     only_the_first()
     if config["cloud"]:
         return collaboration(config, data)
     return [single(config, data, f"{config['student']} alone" if config["student"] else label(config["model"]))], ""
 
 
-def distillation(config: Config, data: Data) -> list[report.Line]:
-    """Teacher, Knowledge, the student alone, the distilled student: the lines of DLLM2Rec's table."""
+def distillation(config: Config, data: Data, beside: bool = True) -> list[report.Line]:
+    """Teacher, Knowledge, the student alone (if it shall stand beside), the distilled student: the lines of DLLM2Rec's table."""
     asked = Distillation.from_config(config).asks_teacher(config) and not config["teacher_knowledge"]
     known = knowledge.ensure(config, data.train, data.valid) if asked else None
     only_the_first()
     lines = [teacher_line(config, data, known)] if known else []
-    lines.append(single(alone(config), data, f"{config['student']} alone"))
+    if beside:
+        lines.append(single(alone(config), data, f"{config['student']} alone"))
     lines.append(single(config, data, f"{config['student']} distilled"))
     return lines
 
@@ -185,12 +197,16 @@ def teacher_line(config: Config, data: Data, known: knowledge.Knowledge) -> repo
     train_data, valid_data, test_data = data.train, data.valid, data.test
     request = knowledge.Request.of(config, train_data._dataset)
     folder = teacher_line_folder(config, request)
-    if config["resume"] and (line := finished(folder)):
+    if config["resume"] and (line := finished(folder, config["keep_lists"])):
         return line
     trained = teacher.ready(request.config, train_data._dataset, valid_data, request.checkpoint)
     trainer = trainer_class(request.config)(request.config, trained)
-    line = evaluated(
-        trainer, eval_loader(request.config, test_data), f"{label(config['teacher'])} (teacher)", load_best_model=False
+    line, lists = evaluated(
+        trainer,
+        eval_loader(request.config, test_data),
+        f"{label(config['teacher'])} (teacher)",
+        False,
+        config["keep_lists"],
     )
     made = known.manifest["provenance"].get("folds", [])
     seconds = [teacher.seconds_of(request.teacher_folder), *(fold["seconds"] for fold in made)]
@@ -204,7 +220,7 @@ def teacher_line(config: Config, data: Data, known: knowledge.Knowledge) -> repo
         "folder": str(request.folder),
         "provenance": known.manifest["provenance"],
     }
-    line.save(folder)
+    keep(line, lists, folder)
     return line
 
 
@@ -221,15 +237,24 @@ def alone(config: Config) -> Config:
 def single(config: Config, data: Data, name: str) -> report.Line:
     """Train and test one model; a finished run of the same settings is taken from its folder, a stopped one goes on."""
     folder = run_folder(config)
-    if config["resume"] and (line := finished(folder)):
+    if config["resume"] and (line := finished(folder, config["keep_lists"])):
         return line
-    trainer, seconds = trained(config, data, name, folder)
-    line = evaluated(trainer, data.test, name, load_best_model=True)
+    with Peak() as peak:
+        trainer, seconds = trained(config, data, name, folder)
+        line, lists = evaluated(trainer, data.test, name, True, config["keep_lists"])
     line.seconds["train"] = seconds
+    line.notes["peak_mb"] = peak.megabytes
     line.valid = {key: float(value) for key, value in (trainer.best_valid_result or {}).items()}
     write_json(folder / "config.json", settings_of(config))
-    line.save(folder)
+    keep(line, lists, folder)
     return line
+
+
+def keep(line: report.Line, lists: TopLists | None, folder: Path) -> None:
+    """Write a model's best items of every test row, if they were asked for, and then its line, which says that it is finished."""
+    if lists is not None:
+        write_tensors(folder / LISTS, lists.tensors(), {"k": str(lists.k)})
+    line.save(folder)
 
 
 def trained(config: Config, data: Data, name: str, folder: Path, stages: Path | None = None) -> tuple[Any, float]:
@@ -271,7 +296,7 @@ def collaboration(config: Config, data: Data) -> tuple[list[report.Line], str]:
     name = f"both (LSC4Rec), {config['lsc_policy']} at {config['lsc_rate']:.0%}"
     if config["lsc_evaluation"] == "stream":
         name += ", last step"
-    line = evaluated(trainer, data.test, name, load_best_model=True)
+    line, _ = evaluated(trainer, data.test, name, load_best_model=True)
     line.seconds["train"] = seconds
     line.valid = {key: float(value) for key, value in trainer.best_valid_result.items()}
     began = perf_counter()
@@ -287,12 +312,15 @@ def collaboration(config: Config, data: Data) -> tuple[list[report.Line], str]:
     return [*account.lines, line], account.text()
 
 
-def evaluated(trainer: Any, test_data: Any, name: str, load_best_model: bool) -> report.Line:
-    """Test metrics of a trainer's model as a line."""
+def evaluated(
+    trainer: Any, test_data: Any, name: str, load_best_model: bool, lists: int = 0
+) -> tuple[report.Line, TopLists | None]:
+    """Test metrics of a trainer's model as a line, and its best items of every row, if `lists` says how many."""
     began = perf_counter()
-    metrics = trainer.evaluate(
-        test_data, load_best_model=load_best_model, show_progress=trainer.config["show_progress"]
-    )
+    with trainer.keeping_lists(lists) if lists else nullcontext() as kept:
+        metrics = trainer.evaluate(
+            test_data, load_best_model=load_best_model, show_progress=trainer.config["show_progress"]
+        )
     line = report.Line(
         name, {key: float(value) for key, value in metrics.items()}, trainer.ranks, trainer.evaluated_rows
     )
@@ -300,7 +328,7 @@ def evaluated(trainer: Any, test_data: Any, name: str, load_best_model: bool) ->
     line.notes |= {"legality": trainer.legality} if hasattr(trainer, "legality") else {}
     line.notes |= {"weights": trainer.model.provenance()} if hasattr(trainer.model, "provenance") else {}
     line.notes |= {"choices": trainer.model.choices()} if hasattr(trainer.model, "choices") else {}
-    return line
+    return line, kept
 
 
 def label(model: str) -> str:
@@ -308,12 +336,15 @@ def label(model: str) -> str:
     return getattr(get_model(model), "label", None) or model
 
 
-def finished(folder: Path) -> report.Line | None:
-    """The line of a finished run, if its folder has one."""
+def finished(folder: Path, lists: int = 0) -> report.Line | None:
+    """The line of a finished run, if its folder has one, and as long lists beside it as are asked for."""
     try:
-        return report.Line.load(folder)
+        line = report.Line.load(folder)
+        if lists and int(read_metadata(folder / LISTS).get("k", 0)) < lists:
+            return None
     except (FileNotFoundError, DamagedArtifact):
         return None
+    return line
 
 
 def run_folder(config: Config) -> Path:

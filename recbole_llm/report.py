@@ -215,6 +215,7 @@ OF_A_MACHINE = (
     "show_progress",
     "state",
     "resume",
+    "keep_lists",
     "device_settings",  # made of the other settings
 )
 SAME = (

@@ -6,7 +6,8 @@ where the training batches come from; the loops of training and evaluation are R
 
 import shutil
 from collections import OrderedDict
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from recbole_llm.artifacts import DamagedArtifact
 from recbole_llm.causality import fault_of_loss, forward_arguments, is_causal, states
 from recbole_llm.checkpoint import config_from_settings, read_checkpoint, write_checkpoint
 from recbole_llm.config import shared
-from recbole_llm.evaluation import KeepsRanks, refuse_unmaskable, scored_by_length, seen_items_of
+from recbole_llm.evaluation import KeepsRanks, TopLists, refuse_unmaskable, scored_by_length, seen_items_of
 from recbole_llm.hooks import replaced
 from recbole_llm.identity import log_digest
 from recbole_llm.layers import fast_layers, fuse_optimizer
@@ -80,7 +81,14 @@ class SequenceTrainer(Trainer):
             torch.set_num_threads(config["threads"])
         self.evaluated_rows: list[int] | None = None
         self._rank_last = None
+        self.lists: TopLists | None = None
         self.state_folder: Path | None = None
+
+    @contextmanager
+    def keeping_lists(self, k: int) -> Iterator[TopLists]:
+        """While this lasts, an evaluation's best `k` items of every row are kept."""
+        with replaced(self, "lists", TopLists(k)):
+            yield self.lists
 
     @property
     def ranks(self) -> list[int]:
@@ -303,6 +311,8 @@ class SequenceTrainer(Trainer):
             batch, scores, users, positives = rank(batched_data)
         if self._rank_last:
             positives = self._rank_last(batch, scores, positives)
+        if self.lists is not None:
+            self.lists.add(scores)
         return batch, scores, users, positives
 
     def _save_checkpoint(self, epoch, verbose=True, **kwargs):

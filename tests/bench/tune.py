@@ -3,7 +3,7 @@
 `make tune`, or `python -m tests.bench.tune --protocols ml-1m-recbole ...`; resumable, every trial is a file. Settings are tried one
 after the other (learning rate, dropout, width, layers, L), and the better value is kept, so every model and protocol costs `1 + 5`
 trials of few epochs. The best settings are then trained until they stop improving with every seed, tested once, and written as
-`properties/benchmark/<model>-<protocol>.yaml`.
+`properties/tuned/<model>-<protocol>.yaml`. `--seeds` without a seed writes that file without a test, for a benchmark to test.
 """
 
 import argparse
@@ -153,12 +153,11 @@ def main() -> None:
             trials = Trials(model, protocol, asked.data_path, asked.threads)
             chosen, tried = trials.best()
             tested = [trials.run(chosen, seed, trials.final_epochs, FINAL_PATIENCE, test=True) for seed in asked.seeds]
-            if not tested:
-                continue
-            print(line(model, protocol, tested))
+            if tested:
+                print(line(model, protocol, tested))
             summary = {"chosen": chosen, "protocol": PROTOCOLS[protocol], "trials": tried, "tested": tested}
             write_json(RESULTS / f"{model}-{protocol}.json", summary)
-            write_text(PROPERTIES / "benchmark" / f"{model}-{protocol}.yaml", as_yaml(model, trials, chosen, tested))
+            write_text(PROPERTIES / "tuned" / f"{model}-{protocol}.yaml", as_yaml(model, trials, chosen, tested))
 
 
 def line(model: str, protocol: str, tested: list[dict]) -> str:
@@ -185,10 +184,10 @@ def as_yaml(model: str, trials: Trials, chosen: dict, tested: list[dict]) -> str
     skip = ("show_progress", "state", "data_path", "metrics", "topk")
     settings |= {key: value for key, value in trials.settings.items() if key not in skip}
     settings |= {"epochs": trials.final_epochs, "stopping_step": FINAL_PATIENCE}
-    mean = statistics.mean(result["test"]["ndcg@10"] for result in tested)
-    lines = [
-        f"# {model} under the protocol {trials.protocol}: test NDCG@10 {mean:.4f}, mean of {len(tested)} seeds (tests/bench/tune.py).",
-    ]
+    lines = [f"# {model} under the protocol {trials.protocol}, as tests/bench/tune.py chose it on validation rows."]
+    if tested:
+        mean = statistics.mean(result["test"]["ndcg@10"] for result in tested)
+        lines[0] += f" Test NDCG@10 {mean:.4f}, mean of {len(tested)} seeds."
     for key, value in (settings | chosen).items():
         why = f"Tuned on validation rows among {sorted(tried[key])}." if key in chosen else "Part of the protocol."
         flow = yaml.safe_dump({key: value}, default_flow_style=True, width=1000).strip()[1:-1]

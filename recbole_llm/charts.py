@@ -1,0 +1,86 @@
+"""Pictures of a benchmark: every row's quality with its interval, and quality against what it costs to train and to serve."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from recbole_llm.report import half_width
+from recbole_llm.runner import Table, slug
+from recbole_llm.standings import mean_of, metric_of, values_of
+
+COLOURS = {"baseline": "C7", "teacher": "C1", "control": "C8", "claim": "C0"}
+
+
+def draw_table(table: Table, folder: Path) -> list[Path]:
+    """Draw one data set's pictures as PNG; returns the files."""
+    metric, k = metric_of(table)
+    points = []
+    for entry in table.entries:
+        values = values_of(entry, metric, k)
+        seconds = {
+            stage: mean_of([line.seconds.get(stage) for line in entry.lines.values()])
+            for stage in ("train", "label", "test")
+        }
+        points.append(
+            {
+                "name": entry.name,
+                "role": entry.role,
+                "score": float(values.mean()),
+                "half": half_width(values),
+                "train": (seconds["train"] or 0) + (seconds["label"] or 0),
+                "serve": 1000 * (seconds["test"] or 0) / len(values),
+            }
+        )
+    title = f"{metric.upper()}@{k} on {table.dataset}, test rows, 95 % intervals over rows"
+    name = slug(table.dataset)
+    return [
+        _bars(points, title, folder / f"quality-{name}.png"),
+        _against(points, "train", "seconds of training and labelling", title, folder / f"training-{name}.png"),
+        _against(points, "serve", "milliseconds a test row", title, folder / f"serving-{name}.png"),
+    ]
+
+
+def _bars(points: list[Mapping[str, Any]], title: str, file: Path) -> Path:
+    from matplotlib.figure import Figure  # no pyplot: it would choose a window system, and keep every figure
+
+    figure = Figure(figsize=(9, 1.2 + 0.32 * len(points)), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    places = range(len(points))
+    axes.barh(
+        places,
+        [point["score"] for point in points],
+        xerr=[point["half"] for point in points],
+        color=[COLOURS[point["role"]] for point in points],
+        ecolor="0.3",
+        capsize=2,
+    )
+    axes.set_yticks(places, [point["name"] for point in points], fontsize="small")
+    axes.invert_yaxis()
+    axes.set_title(title, fontsize="medium", loc="right")
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_axisbelow(True)
+    roles = dict.fromkeys(point["role"] for point in points)
+    axes.legend(
+        handles=[axes.barh([0], [0], color=COLOURS[role], label=role) for role in roles],
+        fontsize="small",
+        loc="lower right",
+    )
+    figure.savefig(file)
+    return file
+
+
+def _against(points: list[Mapping[str, Any]], cost: str, label: str, title: str, file: Path) -> Path:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 5.5), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    for point in points:
+        if point[cost] > 0:
+            place = point[cost], point["score"]
+            axes.errorbar(*place, point["half"], fmt="o", color=COLOURS[point["role"]], alpha=0.8, capsize=2)
+            axes.annotate(point["name"], place, xytext=(5, 3), textcoords="offset points", fontsize="x-small")
+    axes.set(xscale="log", xlabel=label, ylabel="quality")
+    axes.set_title(title, fontsize="medium")
+    axes.grid(alpha=0.3, which="both")
+    figure.savefig(file)
+    return file

@@ -1,0 +1,137 @@
+"""What a benchmark leaves behind in results/NAME, and whether another run of it comes to the same.
+
+Committed are results.json (all numbers), table.md and runs/ (one JSON a run); pictures and the ranks of users (Parquet) are made anew.
+"""
+
+import os
+import platform
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from recbole_llm.artifacts import read_json, write_json, write_text
+from recbole_llm.benchmark import Benchmark
+from recbole_llm.charts import draw_table
+from recbole_llm.runner import Runner, Table
+from recbole_llm.standings import markdown, standing
+
+RESULTS = "results"
+
+
+def run_benchmark(
+    file: str | Path,
+    overrides: Mapping[str, Any] | None = None,
+    only: str = "*",
+    seeds: Sequence[int] = (),
+    results: str | Path = RESULTS,
+) -> str:
+    """Run what is missing of a benchmark and write results/NAME; returns its Markdown.
+
+    Args:
+        file: Of the benchmark.
+        overrides: Settings of every run that win over the file's, such as `data_path` or `threads`.
+        only: Pattern of `<data set>/<row>` that is to be run; others are shown as far as they are there.
+        seeds: Seeds that are to be run; all of the file where it is empty.
+        results: Folder of all benchmarks' results.
+
+    Raises:
+        ValueError: The file or a setting is wrong.
+    """
+    benchmark = Benchmark.load(file, overrides)
+    tables = Runner(benchmark, results, only, tuple(seeds)).run()
+    return publish(benchmark, tables, Path(results) / benchmark.name, f"python run_recbole_llm.py --benchmark={file}")
+
+
+def estimate_benchmark(
+    file: str | Path, overrides: Mapping[str, Any] | None = None, only: str = "*", seeds: Sequence[int] = ()
+) -> str:
+    """What `run_benchmark` would run, and about how long that takes, as text."""
+    return Runner(Benchmark.load(file, overrides), only=only, seeds=tuple(seeds)).estimate()
+
+
+def publish(benchmark: Benchmark, tables: Sequence[Table], folder: Path, command: str) -> str:
+    """Write all numbers, the Markdown and the pictures of a benchmark; returns the Markdown."""
+    standings = {table.dataset: standing(table) for table in tables}
+    text = markdown(benchmark, standings, machine(), command)
+    write_json(folder / "results.json", {"benchmark": benchmark.name, "machine": machine(), "data": standings})
+    write_text(folder / "table.md", text)
+    for table in tables:
+        draw_table(table, folder)
+    return text
+
+
+def machine() -> str:
+    """What the times and the memory belong to."""
+    threads = torch.get_num_threads()
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    cores = f"{os.cpu_count()} CPU cores ({platform.machine()}), {threads} thread{'s' if threads > 1 else ''}"
+    return f"{cores}{gpu}, torch {torch.__version__}"
+
+
+def verify(file: str | Path, overrides: Mapping[str, Any] | None = None, results: str | Path = RESULTS) -> list[str]:
+    """Run a benchmark from scratch, in a folder of its own, and compare it with what is committed.
+
+    Args:
+        file: Of the benchmark.
+        overrides: Settings of every run that win over the file's.
+        results: Folder of the committed results.
+
+    Returns:
+        The cells that differ by more than the benchmark's tolerance, in words; none where all is as committed.
+
+    Raises:
+        ValueError: There are no committed results.
+    """
+    benchmark = Benchmark.load(file)
+    there = Path(results) / benchmark.name / "results.json"
+    if not there.is_file():
+        raise ValueError(
+            f"benchmark={file}: no committed results to verify; there has to be {there}. Run it without --verify first, and commit them."
+        )
+    with tempfile.TemporaryDirectory(prefix="verify-") as scratch:
+        run_benchmark(file, dict(overrides or {}) | {"checkpoint_dir": f"{scratch}/saved"}, results=scratch)
+        now = read_json(Path(scratch) / benchmark.name / "results.json")
+    return differences(read_json(there)["data"], now["data"], benchmark.tolerance)
+
+
+def differences(committed: Mapping[str, Any], now: Mapping[str, Any], tolerance: Mapping[str, float]) -> list[str]:
+    """Cells of two results that differ.
+
+    Args:
+        committed: Data set -> `standing`.
+        now: Another one.
+        tolerance: Data set -> how far two values may be apart.
+    """
+    found = []
+    for dataset in dict.fromkeys([*committed, *now]):
+        old, new = (dict(cells(each.get(dataset, {}))) for each in (committed, now))
+        for cell in dict.fromkeys([*old, *new]):
+            values = old.get(cell), new.get(cell)
+            if None in values:
+                found.append(f"{dataset}: {cell}: {_value(values[0])} committed, {_value(values[1])} now")
+            elif not abs(values[0] - values[1]) <= tolerance.get(dataset, 0.0) + 1e-9:
+                found.append(
+                    f"{dataset}: {cell}: {values[0]:.6f} committed, {values[1]:.6f} now, tolerance {tolerance.get(dataset, 0.0):g}"
+                )
+    return found
+
+
+def cells(standing: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """Every quality number of a data set, named; never a time or a size."""
+    for name, row in standing.get("rows", {}).items():
+        for seed, run in row["runs"].items():
+            for kind in ("metrics", "valid"):
+                yield from ((f"{name}, seed {seed}, {kind} {metric}", value) for metric, value in run[kind].items())
+    for what, groups in standing.get("slices", {}).items():
+        for group, each in groups.items():
+            yield from ((f"{name}, {what}: {group}", value) for name, value in each["scores"].items())
+    for name, each in standing.get("overlap", {}).items():
+        yield f"{name}, overlap before", each["before"]
+        yield f"{name}, overlap after", each["after"]
+
+
+def _value(value: float | None) -> str:
+    return "nothing" if value is None else f"{value:.6f}"

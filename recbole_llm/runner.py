@@ -1,0 +1,325 @@
+"""Runs what is missing of a benchmark, and writes what came out: every run as JSON, the ranks of all users as Parquet, one table.
+
+A run's own files stay where every run has them (`saved/runs`), so a benchmark that was killed goes on, and rows share teachers,
+Knowledge and item tables with each other and with runs of the command line.
+"""
+
+import importlib
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+
+from recbole_llm import knowledge, plan, report
+from recbole_llm.artifacts import digest, read_tensors, write_atomically, write_json
+from recbole_llm.benchmark import TEACHER_OF, Benchmark, Row
+from recbole_llm.config import Config
+from recbole_llm.quick_start import LISTS, finished, load_data, run_folder, run_recbole_llm, teacher_line_folder
+from recbole_llm.slices import Facts
+
+LIST = 20
+"""Items of the lists whose overlap is told."""
+PROTOCOL = (*report.SAME, "shuffle_text", "benchmark_filename")
+"""Settings in which rows of one table must not differ; texts may be shuffled in a control only."""
+
+
+@dataclass
+class Entry:
+    """A line of a table: a row's runs, or those of a teacher.
+
+    Args:
+        row: What was run; of a teacher, the first row that it taught.
+        name: The line's.
+        role: Of the row; `teacher`.
+        lines: Seed -> what came out.
+        folders: Seed -> the run's folder, where its lists are.
+        taught_by: Name of the entry whose Knowledge it was trained with.
+    """
+
+    row: Row
+    name: str
+    role: str
+    lines: dict[int, report.Line] = field(default_factory=dict)
+    folders: dict[int, Path] = field(default_factory=dict)
+    taught_by: str | None = None
+
+    def lists(self) -> dict[int, dict[str, torch.Tensor]]:
+        """Seed -> best items and confidence of every test row, where they are kept."""
+        return {
+            seed: read_tensors(folder / LISTS) for seed, folder in self.folders.items() if (folder / LISTS).is_file()
+        }
+
+
+@dataclass
+class Table:
+    """All that was run on one data set, under one protocol.
+
+    Args:
+        dataset: Its name in the benchmark's file.
+        entries: Its lines, in the order of the file, teachers after the rows that need none.
+        facts: What is known of its test rows.
+        protocol: How they were evaluated, in words.
+        config: Of one of its runs: metrics, cut-offs, the metric that selects.
+        missing: Rows and seeds that were not run.
+    """
+
+    dataset: str
+    entries: list[Entry]
+    facts: Facts
+    protocol: str
+    config: Config
+    missing: list[tuple[str, int]] = field(default_factory=list)
+
+
+class Runner:
+    """Runs a benchmark.
+
+    Args:
+        benchmark: What is to be run.
+        results: Folder of all benchmarks' results.
+        only: Pattern of `<data set>/<row>` that is to be run (`ml-100k/SASRec*`); of others only what is there is shown.
+        seeds: Seeds that are to be run; all of the file where it is empty.
+
+    Raises:
+        ValueError: A setting of a row is wrong, or rows of one table are tested differently.
+    """
+
+    def __init__(
+        self, benchmark: Benchmark, results: str | Path = "results", only: str = "*", seeds: tuple[int, ...] = ()
+    ):
+        self.benchmark, self.only, self.seeds = benchmark, only, seeds
+        self.folder = Path(results) / benchmark.name
+        if benchmark.prepare:
+            importlib.import_module(benchmark.prepare).prepare()
+        self.configs = {
+            (row.dataset, row.name): config_of(row, row.seeds[0]) for row in benchmark.rows if not row.ensemble
+        }
+        for dataset in benchmark.datasets:
+            refuse_mixed_protocols({row.name: self.config(row) for row in benchmark.on(dataset) if not row.ensemble})
+
+    def config(self, row: Row) -> Config:
+        """The Config of a row under its first seed."""
+        return self.configs[row.dataset, row.name]
+
+    def wanted(self) -> list[tuple[Row, int]]:
+        """All runs that are to be made or taken from their files, ensembles after their parts."""
+        rows = sorted(
+            self.benchmark.rows, key=lambda row: (self.benchmark.datasets.index(row.dataset), bool(row.ensemble))
+        )
+        return [(row, seed) for row in rows for seed in row.seeds]
+
+    def chosen(self, row: Row, seed: int) -> bool:
+        """Whether a run is among those that were asked for."""
+        return fnmatch(f"{row.dataset}/{row.name}", self.only) and (not self.seeds or seed in self.seeds)
+
+    def estimate(self) -> str:
+        """What is to be run and about how long it takes, as text."""
+        rows, once = [], set()
+        total = 0.0
+        for row in self.benchmark.rows:
+            seeds = [seed for seed in row.seeds if self.chosen(row, seed)]
+            if row.ensemble or not seeds:
+                continue
+            missing = [seed for seed in seeds if not finished(run_folder(config_of(row, seed)), LIST)]
+            seconds, shared = 0.0, 0.0
+            if missing:
+                config = self.config(row)
+                steps = plan.steps(config, load_data(config), alone=False)
+                seconds = (steps[-1].seconds or 0.0) * len(missing)
+                for step in steps[:-1]:
+                    if (key := (row.dataset, row.axes.get("teacher", row.name), step.what)) not in once:
+                        once.add(key)
+                        shared += step.seconds or 0.0
+            total += seconds + shared
+            rows.append(
+                [
+                    f"{row.dataset}/{row.name}",
+                    str(len(seeds)),
+                    str(len(seeds) - len(missing)),
+                    _spoken(shared),
+                    _spoken(seconds),
+                ]
+            )
+        head = ["row", "runs", "there", "teacher and Knowledge", "training"]
+        return f"{report.draw(head, rows)}\nIn all about {plan.spoken(total)}.\n{plan.HOW.strip()}"
+
+    def run(self) -> list[Table]:
+        """Run what is missing and write it; returns the tables, data set by data set."""
+        wanted = self.wanted()
+        todo = [(row, seed) for row, seed in wanted if self.chosen(row, seed)]
+        entries: dict[tuple[str, str], Entry] = {}
+        missing: dict[str, list[tuple[str, int]]] = {}
+        began, done = perf_counter(), 0
+        for row, seed in wanted:
+            asked = self.chosen(row, seed)
+            if not asked and not self._there(row, seed, entries):
+                missing.setdefault(row.dataset, []).append((row.name, seed))
+                continue
+            if asked:
+                logging.getLogger().info(
+                    f"{self.benchmark.name}: {row.dataset}/{row.name}, seed {seed}{_left(began, done, len(todo))}"
+                )
+            self._one(row, seed, entries)
+            done += asked
+        tables = [self._table(dataset, entries, missing.get(dataset, [])) for dataset in self.benchmark.datasets]
+        return [table for table in tables if table.entries]
+
+    def _there(self, row: Row, seed: int, entries: Mapping[tuple[str, str], Entry]) -> bool:
+        """Whether a run that was not asked for is finished."""
+        if not row.ensemble:
+            return finished(run_folder(config_of(row, seed)), LIST) is not None
+        parts = [entries.get((row.dataset, part.removeprefix(TEACHER_OF))) for part in row.ensemble]
+        return all(parts) and finished(self._ensemble_folder(row, seed, entries)) is not None
+
+    def _one(self, row: Row, seed: int, entries: dict[tuple[str, str], Entry]) -> None:
+        """Run a row under a seed, or take it from its files, and write what came out."""
+        entry = entries.setdefault((row.dataset, row.name), Entry(row, row.name, row.role))
+        if row.ensemble:
+            entry.lines[seed] = self._ensemble(row, seed, entries)
+        else:
+            settings = settings_of_run(row, seed)
+            result = run_recbole_llm(settings.pop("model"), settings.pop("dataset"), None, settings, alone=False)
+            *before, entry.lines[seed] = result["lines"]
+            entry.folders[seed] = Path(result["folder"])
+            if before and row.settings["model"] == "DLLM2Rec":
+                entry.taught_by = self._teacher(row, seed, before[0], entries)
+        write_run(self.folder, entry, seed)
+
+    def _teacher(self, row: Row, seed: int, line: report.Line, entries: dict[tuple[str, str], Entry]) -> str:
+        """The entry of the teacher of a row, one per Knowledge; returns its name."""
+        config = config_of(row, seed)
+        folder = teacher_line_folder(config, knowledge.Request.of(config, load_data(config).train._dataset))
+        name = f"{row.axes.get('teacher', config['teacher'])} (teacher)"
+        there = entries.get((row.dataset, name))
+        if there and there.folders[min(there.folders)] != folder:
+            name = f"{name.removesuffix(')')} of {row.name})"
+        if (row.dataset, name) not in entries:
+            entries[row.dataset, name] = Entry(
+                row, name, "teacher", {config["teacher_seed"]: line}, {config["teacher_seed"]: folder}
+            )
+            write_run(self.folder, entries[row.dataset, name], config["teacher_seed"])
+        return name
+
+    def _ensemble_folder(self, row: Row, seed: int, entries: Mapping[tuple[str, str], Entry]) -> Path:
+        """Where an ensemble's line is kept, named by the runs that it is made of."""
+        parts = [(part, str(self._part(row, part, seed, entries)[1])) for part in row.ensemble]
+        checkpoints = Path(self.config(self.benchmark.on(row.dataset)[0])["checkpoint_dir"])
+        return checkpoints / "runs" / f"ensemble-{slug(row.dataset)}-{digest(parts, 10)}"
+
+    def _part(self, row: Row, part: str, seed: int, entries: Mapping[tuple[str, str], Entry]) -> tuple[Row, Path, int]:
+        """The row that a part of an ensemble names, the folder of its run, and its seed: the same one, if it has that."""
+        other = entries[row.dataset, part.removeprefix(TEACHER_OF)]
+        own_seed = seed if seed in other.folders else min(other.folders)
+        return other.row, other.folders[own_seed], own_seed
+
+    def _ensemble(self, row: Row, seed: int, entries: Mapping[tuple[str, str], Entry]) -> report.Line:
+        """Two rows' scores added up."""
+        parts, config = [], None
+        for part in row.ensemble:
+            other, folder, own_seed = self._part(row, part, seed, entries)
+            config = config_of(other, own_seed)
+            data = load_data(config)
+            of_teacher = part.startswith(TEACHER_OF)
+            parts.append(ensemble.part_of_teacher(config, data) if of_teacher else ensemble.part_of_run(folder))
+        return ensemble.ensemble(config, data, parts, row.name, self._ensemble_folder(row, seed, entries))
+
+    def _table(self, dataset: str, entries: Mapping[tuple[str, str], Entry], missing: list[tuple[str, int]]) -> Table:
+        """Everything on one data set; writes the ranks of its rows."""
+        here = [entry for (where, _), entry in entries.items() if where == dataset]
+        order = {"baseline": 0, "teacher": 1, "control": 2, "claim": 3}
+        here.sort(key=lambda entry: order[entry.role])
+        config = self.config(next(row for row in self.benchmark.on(dataset) if not row.ensemble))
+        data = load_data(config)
+        facts = Facts.of(data.train._dataset, data.test._dataset)
+        protocol = report.protocol_sentence(config["eval_args"], config["seen_items"], data.ties, config["data_note"])
+        table = Table(dataset, here, facts, protocol, config, missing)
+        if here:
+            write_ranks(self.folder / f"ranks-{slug(dataset)}.parquet", table)
+        return table
+
+
+def settings_of_run(row: Row, seed: int) -> dict[str, Any]:
+    """All settings of a run, `model` and `dataset` among them."""
+    return row.settings | {"seed": seed, "keep_lists": LIST}
+
+
+def config_of(row: Row, seed: int) -> Config:
+    """The Config of a run. Raises: ValueError, which names the row."""
+    settings = settings_of_run(row, seed)
+    try:
+        return Config(settings.pop("model"), settings.pop("dataset", None), None, settings, read_argv=False)
+    except ValueError as error:
+        raise ValueError(f"{row.dataset}/{row.name}: {error}") from error
+
+
+def refuse_mixed_protocols(configs: Mapping[str, Config]) -> None:
+    """Refuse rows of one table that are tested differently. Args: row -> its Config. Raises: ValueError."""
+    first_name, first = next(iter(configs.items()))
+    for name, config in configs.items():
+        differ = [
+            f"{key} ({config[key]}, not {first[key]})"
+            for key in PROTOCOL
+            if config[key] != first[key] and key != "shuffle_text"
+        ]
+        if differ:
+            raise ValueError(
+                f"{name}: would be tested otherwise than {first_name}; what differs: {', '.join(differ)}. Put such settings under the "
+                "data set in the benchmark's file, once per protocol."
+            )
+
+
+def write_run(folder: Path, entry: Entry, seed: int) -> None:
+    """Write what came out of one run as JSON; not the ranks, which are written together."""
+    line = entry.lines[seed]
+    known = {
+        "row": entry.name,
+        "dataset": entry.row.dataset,
+        "role": entry.role,
+        "seed": seed,
+        "metrics": line.metrics,
+        "valid": line.valid,
+        "test_rows": len(line.ranks),
+        "seconds": line.seconds,
+        "peak_mb": line.notes.get("peak_mb"),
+        "settings": entry.row.settings,
+        "chosen": line.notes.get("chosen"),
+    }
+    write_json(folder / "runs" / slug(entry.row.dataset) / f"{slug(entry.name)}-{seed}.json", known)
+
+
+def write_ranks(file: Path, table: Table) -> None:
+    """Write the rank of every test row under every run as Parquet, and what is known of the rows; -1 beyond the largest cut-off."""
+    import pandas
+
+    facts = table.facts
+    columns: dict[str, Any] = {
+        "user": facts.user, "popularity": facts.popularity, "history": facts.history, "repeat": facts.repeat,
+    }  # fmt: skip
+    for entry in table.entries:
+        for seed, line in entry.lines.items():
+            ranks = pandas.array([pandas.NA] * len(facts.user), dtype="Int16")
+            ranks[np.arange(len(facts.user)) if line.rows is None else line.rows] = line.ranks
+            columns[f"{entry.name}, seed {seed}"] = ranks
+    write_atomically(file, lambda name: pandas.DataFrame(columns).to_parquet(name, index=False))
+
+
+def slug(name: str) -> str:
+    """A name as part of a file's."""
+    return re.sub(r"[^\w.-]+", "-", name).strip("-")
+
+
+def _left(began: float, done: int, count: int) -> str:
+    passed = perf_counter() - began
+    left = f", about {plan.spoken(passed / done * (count - done))} left" if done else ""
+    return f", run {done + 1} of {count}{left}."
+
+
+def _spoken(seconds: float) -> str:
+    return plan.spoken(seconds) if seconds else "-"

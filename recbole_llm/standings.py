@@ -1,0 +1,277 @@
+"""What a benchmark shows: tables of means over seeds, gains with intervals and tests, slices of the test rows, overlap of lists.
+
+All of it is first a plain dict (results.json, which `verify.py` compares with a committed one), then Markdown.
+"""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from recbole_llm.benchmark import Benchmark
+from recbole_llm.comparisons import Comparison, compare, per_user
+from recbole_llm.report import row_metric
+from recbole_llm.runner import Entry, Table
+from recbole_llm.slices import overlap, slices_of
+
+
+def standing(table: Table) -> dict[str, Any]:
+    """All numbers of one data set.
+
+    Returns:
+        `protocol`, `test_rows`, `users`, `metric`, `rows` (each with its runs), `strongest` (the baseline that did best on
+        validation), `comparisons`, `slices`, `overlap`, `missing`.
+    """
+    metric, k = metric_of(table)
+    strongest = strongest_baseline(table.entries, f"{metric}@{k}")
+    return {
+        "protocol": table.protocol,
+        "test_rows": len(table.facts.user),
+        "users": len(np.unique(table.facts.user)),
+        "metric": f"{metric}@{k}",
+        "rows": {entry.name: numbers(entry) for entry in table.entries},
+        "strongest": strongest and strongest.name,
+        "comparisons": [vars(each) | {"verdict": each.verdict} for each in comparisons(table, strongest)],
+        "slices": sliced(table),
+        "overlap": overlaps(table),
+        "missing": [list(each) for each in table.missing],
+    }
+
+
+def metric_of(table: Table) -> tuple[str, int]:
+    """The metric that selects, and its cut-off."""
+    metric, _, k = str(table.config["valid_metric"]).lower().partition("@")
+    return metric, int(k)
+
+
+def numbers(entry: Entry) -> dict[str, Any]:
+    """Metrics of every run of a line, times and memory."""
+    lines = entry.lines
+    return {
+        "role": entry.role,
+        "against": entry.row.against if entry.role != "teacher" else None,
+        "test_rows": len(next(iter(lines.values())).ranks),
+        "runs": {str(seed): {"metrics": line.metrics, "valid": line.valid} for seed, line in lines.items()},
+        "seconds": {
+            stage: mean_of([line.seconds.get(stage) for line in lines.values()]) for stage in ("train", "label", "test")
+        },
+        "peak_mb": mean_of([line.notes.get("peak_mb") for line in lines.values()]),
+    }
+
+
+def mean_of(values: Sequence[float | None]) -> float | None:
+    """Mean of what is known; None if nothing is."""
+    known = [value for value in values if value is not None]
+    return statistics.mean(known) if known else None
+
+
+def strongest_baseline(entries: Sequence[Entry], metric: str) -> Entry | None:
+    """The baseline that did best on validation rows, seeds averaged; None if there is no baseline with validation scores."""
+    scored = [
+        (statistics.mean(line.valid[metric] for line in entry.lines.values()), entry)
+        for entry in entries
+        if entry.role == "baseline" and all(metric in line.valid for line in entry.lines.values())
+    ]
+    return max(scored, key=lambda pair: pair[0])[1] if scored else None
+
+
+def values_of(entry: Entry, metric: str, k: int, rows: Sequence[int] | None = None) -> np.ndarray:
+    """A metric of every row (or of some), averaged over seeds [R]."""
+    return np.mean([row_metric(line.on(rows), metric, k) for line in entry.lines.values()], axis=0)
+
+
+def common_rows(*entries: Entry) -> list[int] | None:
+    """The test rows that all lines have; None if these are all."""
+    parts = [set(line.rows) for entry in entries for line in entry.lines.values() if line.rows is not None]
+    return sorted(set.intersection(*parts)) if parts else None
+
+
+def comparisons(table: Table, strongest: Entry | None) -> list[Comparison]:
+    """Every line against the row that it names, and claims against the strongest baseline, corrected together."""
+    metric, k = metric_of(table)
+    by_name = {entry.name: entry for entry in table.entries}
+    questions = []
+    for entry in table.entries:
+        against = by_name.get(entry.row.against) if entry.role != "teacher" else None
+        others = [against, strongest if entry.role == "claim" else None]
+        for other in dict.fromkeys(each.name for each in others if each and each is not entry):
+            rows = common_rows(entry, by_name[other])
+            users = table.facts.user if rows is None else table.facts.user[rows]
+            pair = (per_user(values_of(each, metric, k, rows), users) for each in (entry, by_name[other]))
+            questions.append((entry.name, other, *pair))
+    return compare(questions)
+
+
+def sliced(table: Table) -> dict[str, dict[str, Any]]:
+    """The metric that selects, by what is known of the rows: slice -> group -> {rows, scores by line}; lines with all rows only."""
+    metric, k = metric_of(table)
+    whole = [entry for entry in table.entries if common_rows(entry) is None]
+    values = {entry.name: values_of(entry, metric, k) for entry in whole}
+    sure = {
+        entry.name: next(iter(kept.values()))["sure"].numpy()
+        for entry in whole
+        if entry.role == "teacher" and (kept := entry.lists())
+    }
+    return {
+        what: {
+            name: {"rows": int(rows.sum()), "scores": {line: float(each[rows].mean()) for line, each in values.items()}}
+            for name, rows in groups
+        }
+        for what, groups in slices_of(table.facts, sure).items()
+    }
+
+
+def overlaps(table: Table) -> dict[str, dict[str, float]]:
+    """Share of a teacher's list that the student has, before and after it was taught: student -> {teacher, before, after}."""
+    by_name = {entry.name: entry for entry in table.entries}
+    found = {}
+    for entry in table.entries:
+        teacher, before = by_name.get(entry.taught_by or ""), by_name.get(entry.row.against or "")
+        if not teacher or not before or common_rows(teacher, entry, before) is not None:
+            continue
+        lists = [each.lists() for each in (teacher, before, entry)]
+        if not all(lists):
+            continue
+        taught_by = next(iter(lists[0].values()))["items"]
+        shares = [statistics.mean(overlap(taught_by, kept["items"]) for kept in each.values()) for each in lists[1:]]
+        found[entry.name] = {"teacher": teacher.name, "before": shares[0], "after": shares[1]}
+    return found
+
+
+def markdown(benchmark: Benchmark, standings: Mapping[str, Mapping[str, Any]], machine: str, command: str) -> str:
+    """Everything as Markdown: one section per data set."""
+    parts = [f"# {benchmark.name}", benchmark.what]
+    takes = (
+        f" It takes about {benchmark.minutes:g} minutes on two CPU cores, Knowledge there already."
+        if benchmark.minutes
+        else ""
+    )
+    here = "" if benchmark.here else " **Not run here**: it is meant for a GPU."
+    parts.append(f"`{command}`{here}{takes} Times and memory: {machine}.")
+    for dataset, each in standings.items():
+        parts += [f"## {dataset}", *section(each, benchmark.published.get(dataset, {}), benchmark.source)]
+    for dataset, rows in benchmark.published.items():
+        if dataset not in standings:
+            parts += [f"## {dataset}, as published", published(rows, benchmark.source)]
+    return "\n\n".join(parts) + "\n"
+
+
+def section(standing: Mapping[str, Any], paper: Mapping[str, Any], source: str) -> list[str]:
+    """The tables of one data set."""
+    parts = [
+        standing["protocol"],
+        f"{standing['test_rows']:,} test rows of {standing['users']:,} users; mean ± standard deviation over seeds.",
+        scores(standing),
+    ]
+    if standing["comparisons"]:
+        parts += [
+            f"Gains in {standing['metric']}, seeds averaged: 95 % intervals by paired bootstrap over users, p by Wilcoxon's signed "
+            f"ranks over users, Holm-corrected among these {len(standing['comparisons'])}. The strongest baseline on validation is "
+            f"{standing['strongest']}.",
+            gains(standing["comparisons"]),
+        ]
+    if standing["slices"]:
+        parts += [f"{standing['metric']} by slices of the test rows:", *slices(standing["slices"])]
+    if standing["overlap"]:
+        body = [
+            [name, each["teacher"], f"{each['before']:.1%}", f"{each['after']:.1%}"]
+            for name, each in standing["overlap"].items()
+        ]
+        parts += [
+            "Share of the teacher's 20 best items that are among the student's, before and after distillation:",
+            table(["student", "teacher", "before", "after"], body),
+        ]
+    if paper:
+        parts += [f"As published ({source}), under another protocol, not to be compared:", published(paper, "")]
+    if standing["missing"]:
+        parts.append(f"Not run yet: {', '.join(f'{name} (seed {seed})' for name, seed in standing['missing'])}.")
+    return parts
+
+
+def scores(standing: Mapping[str, Any]) -> str:
+    """One line per row: metrics, validation, times, memory."""
+    rows = standing["rows"]
+    metrics = list(next(iter(next(iter(rows.values()))["runs"].values()))["metrics"])
+    body = []
+    for name, each in rows.items():
+        runs = list(each["runs"].values())
+        valid = [run["valid"].get(standing["metric"]) for run in runs]
+        body.append(
+            [
+                f"**{name}**" if each["role"] == "claim" else name,
+                each["role"],
+                str(len(runs)),
+                f"{each['test_rows']:,}",
+                "-" if None in valid else spread(valid),
+                *[spread([run["metrics"][metric] for run in runs]) for metric in metrics],
+                *[whole(each["seconds"][stage]) for stage in ("train", "label", "test")],
+                whole(each["peak_mb"]),
+            ]
+        )
+    head = [
+        "row",
+        "role",
+        "seeds",
+        "test rows",
+        f"valid {standing['metric']}",
+        *metrics,
+        "train s",
+        "label s",
+        "test s",
+        "peak MB",
+    ]
+    return table(head, body)
+
+
+def gains(comparisons: Sequence[Mapping[str, Any]]) -> str:
+    """One line per comparison."""
+    body = [
+        [
+            each["name"],
+            each["against"],
+            f"{each['gain']:+.1%}",
+            f"{each['low']:+.1%} to {each['high']:+.1%}",
+            f"{each['p']:.3g}",
+            each["verdict"],
+        ]
+        for each in comparisons
+    ]
+    return table(["row", "against", "gain", "95 %", "p", "verdict"], body)
+
+
+def slices(groups: Mapping[str, Any]) -> list[str]:
+    """A table per kind of slice: one line per row of the table of scores, one column per group."""
+    tables = []
+    for what, parts in groups.items():
+        names = list(next(iter(parts.values()))["scores"])
+        body = [[name, *[f"{each['scores'][name]:.4f}" for each in parts.values()]] for name in names]
+        tables.append(table([what, *[f"{name} ({each['rows']:,} rows)" for name, each in parts.items()]], body))
+    return tables
+
+
+def published(rows: Mapping[str, Mapping[str, float]], source: str) -> str:
+    """What a paper gives."""
+    metrics = list(dict.fromkeys(metric for values in rows.values() for metric in values))
+    body = [
+        [name, *[f"{values[metric]:g}" if metric in values else "-" for metric in metrics]]
+        for name, values in rows.items()
+    ]
+    return table(["row", *metrics], body) + (f"\n\n{source}" if source else "")
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and standard deviation over seeds."""
+    mean = f"{statistics.mean(values):.4f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.4f}"
+
+
+def whole(value: float | None) -> str:
+    """A number without decimals, or a dash."""
+    return "-" if value is None else f"{value:,.0f}"
+
+
+def table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, numbers to the right."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *body]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
