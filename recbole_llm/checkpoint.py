@@ -174,7 +174,7 @@ def catalogue(dataset: Any) -> dict[str, Any]:
     loaded = field and dataset.item_feat is not None and field in dataset.item_feat
     return {
         "items": [str(token) for token in dataset.field2id_token[dataset.iid_field]],
-        "titles": ItemText.from_dataset(dataset, field).titles if loaded else [],
+        "titles": ItemText.from_dataset(dataset, field, shuffled=False).titles if loaded else [],
         "n_users": dataset.user_num,
     }
 

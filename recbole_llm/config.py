@@ -23,6 +23,7 @@ from recbole.utils.argument_list import (
 )
 
 from recbole_llm import processes
+from recbole_llm.item_text import fault_of_seed
 from recbole_llm.model import PROPERTIES, model_files
 
 # Read by RecBole 1.2.1 or its scripts, yet declared in none of its yaml files or argument lists.
@@ -36,7 +37,7 @@ UNDECLARED = {
 # What a teacher shares with the student it teaches: the data, the protocol and the machine, never the training.
 SHARED = {
     *general_arguments, *dataset_arguments, *(set(evaluation_arguments) - {"eval_batch_size"}),
-    "title_field", "threads", "seen_items", "allow_keys", "numerical_features", "encoding", "resume", "worker",
+    "title_field", "shuffle_text", "threads", "seen_items", "allow_keys", "numerical_features", "encoding", "resume", "worker",
 }  # fmt: skip
 
 
@@ -157,6 +158,8 @@ def load_layers(
     for key, allowed in CHOICES.items():
         if (value := config.external_config_dict.get(key, layers[key])) not in allowed:
             faults.append(no_such_choice(key, value, allowed))
+    if fault := fault_of_seed(config.external_config_dict.get("shuffle_text", layers["shuffle_text"])):
+        faults.append(fault)
     faults += unknown_settings(config, known | handed_on(config, ours), ours, dataset, model)
     faults += missing_files(config, dataset)
     for key in (f"{role}_config" for role, names in ROLES.items() if names in ours):
@@ -226,6 +229,7 @@ def wrong_role_settings(config: RecBoleConfig, role: str, name: str, dataset: st
     declared = set(read_yaml(PROPERTIES / "model" / f"{name}.yaml")) | set(read_yaml(PROPERTIES / "overall.yaml"))
     declared |= set(read_yaml(recbole_yaml(name))) | {*training_arguments, *general_arguments, *dataset_arguments}
     declared |= {*evaluation_arguments, "loss_type"}
+    declared.discard("shuffle_text")  # texts belong to the data, which all models of a run share
     names = {f"{role}_{inner}" for inner in declared} | {setting for setting in known if setting.startswith(f"{role}_")}
     wrong = []
     for key, value in config.external_config_dict.items():

@@ -1,13 +1,15 @@
-"""The titles of a data set by RecBole's internal item ids, cleaned in one place."""
+"""The titles of a data set by RecBole's internal item ids, cleaned in one place; and there shuffled, if `shuffle_text` says so."""
 
 import hashlib
 import html
 import logging
+import random
 import re
 import string
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from recbole.utils import FeatureType
 
@@ -74,19 +76,20 @@ class ItemText:
         return cls(("", *cleaned[1:]), tuple(map(str, tokens)), untitled)
 
     @classmethod
-    def from_dataset(cls, dataset, field: str | None) -> "ItemText":
+    def from_dataset(cls, dataset, field: str | None, shuffled: bool = True) -> "ItemText":
         """Read the titles of a RecBole dataset, before or after its `build`; warns with the number of items without.
 
         Args:
             dataset: A RecBole dataset that has loaded its item file. Runs of blanks inside a title are not recovered.
             field: Name of the title column, of type `token_seq` or `token`.
+            shuffled: Whether `shuffle_text` of the dataset's settings holds; False gives what people shall read.
 
         Raises:
-            ValueError: The item file has no such column, or it is not loaded, or it holds numbers.
+            ValueError: The item file has no such column, or it is not loaded, or it holds numbers; or `shuffle_text` is no seed.
         """
         _check_column(dataset, field)
         tokens = [str(token) for token in dataset.field2id_token[dataset.iid_field]]
-        raw = _cells(dataset, field)
+        raw = _cells(dataset, field, shuffled)
         text = cls.from_raw(raw, tokens)
         if text.missing and not getattr(dataset, "untitled_were_counted", False):
             dataset.untitled_were_counted = True  # the titles are read at several stages of a run, the warning once
@@ -155,8 +158,44 @@ def filled_in(template: str, dataset, title_field: str | None, key: str = "lite_
     return texts
 
 
-def _cells(dataset, field: str) -> list[str]:
-    """What a column of the item file says of each internal item id, its words joined by blanks; "" where it says nothing."""
+def fault_of_seed(value: Any) -> str | None:
+    """What is wrong with a value of `shuffle_text`; None if it is a seed, or empty."""
+    if value is None or isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return None
+    return (
+        f"shuffle_text={value}: is no seed; there are whole numbers from 0 upwards, and empty for texts where they belong. Set "
+        "shuffle_text in a config file or on the command line."
+    )
+
+
+def givers(tokens: Sequence[str], seed: int) -> list[int]:
+    """Whose text every item gets where texts are shuffled: one cycle through all items, so none of two or more keeps its own.
+
+    Args:
+        tokens: Item tokens by internal id, index 0 is padding [n_items]; by them and the seed alone the cycle is drawn.
+        seed: The seed.
+
+    Returns:
+        The giver's internal id by internal id; 0, the padding, gives to itself [n_items].
+    """
+    cycle = sorted(range(1, len(tokens)), key=lambda item: str(tokens[item]))
+    random.Random(seed).shuffle(cycle)
+    giver = [0] * len(tokens)
+    for item, other in zip(cycle, cycle[1:] + cycle[:1], strict=True):
+        giver[item] = other
+    return giver
+
+
+def shuffled_sentence(seed: int) -> str:
+    """What logs and tables say of a run whose texts are shuffled."""
+    return f"Item texts are shuffled (shuffle_text={seed}): as a control, every item has the text of another one."
+
+
+def _cells(dataset, field: str, shuffled: bool = True) -> list[str]:
+    """What a column of the item file says of each internal item id, its words joined by blanks; "" where it says nothing.
+
+    All text of items passes here, so here it is shuffled, all columns of an item together.
+    """
     kind = dataset.field2type[field]
     words = dataset.field2id_token.get(field) if kind in (FeatureType.TOKEN, FeatureType.TOKEN_SEQ) else None
     blank = dataset.config["seq_separator"] or " "
@@ -169,7 +208,15 @@ def _cells(dataset, field: str) -> list[str]:
             raw[int(item)] = blank.join(f"{number:g}" for number in ids)
         else:
             raw[int(item)] = blank.join(str(words[int(word)]) for word in ids if word)
-    return raw
+    seed = dataset.config["shuffle_text"] if shuffled else None
+    if fault := fault_of_seed(seed):
+        raise ValueError(fault)
+    if seed is None:
+        return raw
+    if not getattr(dataset, "shuffling_was_said", False):
+        dataset.shuffling_was_said = True  # the columns are read at several stages of a run
+        logging.getLogger(__name__).warning(shuffled_sentence(seed))
+    return [raw[giver] for giver in givers(dataset.field2id_token[dataset.iid_field], seed)]
 
 
 def check_quotes(path: str | Path, field_separator: str = "\t", encoding: str = "utf-8") -> None:

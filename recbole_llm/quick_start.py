@@ -227,7 +227,7 @@ def teacher_line(config: Config, data: Data, known: knowledge.Knowledge) -> repo
 def alone(config: Config) -> Config:
     """The Config of the same student without a teacher, with the same base loss, windows and epochs."""
     chosen = Distillation.from_config(config)
-    own = ("teacher", "distill_", "model", "dataset")
+    own = ("teacher", "distill_", "model", "dataset", "shuffle_text")  # it reads no texts
     settings = {key: value for key, value in config.external_config_dict.items() if not key.startswith(own)}
     settings |= {"distill_mode": "off", "distill_base": chosen.base, "distill_robust": chosen.robust}
     settings |= {"distill_robust_beta": chosen.robust_beta}
@@ -367,6 +367,8 @@ def run_identity(config: Config) -> dict[str, Any]:
     That is the settings, and the content of the data files, of language models that are folders, of a given Knowledge and teacher.
     """
     named = {key: value for key, value in settings_of(config).items() if key not in NOT_IDENTITY}
+    if named.get("shuffle_text") is None:  # runs from before there was such a setting stay found
+        named.pop("shuffle_text", None)
     files = sorted(Path(config["data_path"]).glob(f"{config['dataset']}.*"))
     if config["distill_mode"] == "off":
         chosen = Distillation.from_config(config)
@@ -408,7 +410,8 @@ def log_into(folder: Path, level: str) -> Iterator[None]:
 
 def conclude(config: Config, folder: Path, lines: list[report.Line], ties: float, more: str = "") -> dict[str, Any]:
     """Print the table, write the run's folder, and return what RecBole's `run_recbole` returns, and more."""
-    protocol = report.protocol_sentence(config["eval_args"], config["seen_items"], ties, config["data_note"])
+    known = config["data_note"], config["shuffle_text"]
+    protocol = report.protocol_sentence(config["eval_args"], config["seen_items"], ties, *known)
     if more:
         text = "\n".join([report.main_table(lines, config["metrics"], config["topk"]), more, protocol])
     else:

@@ -14,6 +14,7 @@ import numpy as np
 from texttable import Texttable
 
 from recbole_llm.artifacts import DamagedArtifact, read_json, write_json, write_text
+from recbole_llm.item_text import shuffled_sentence
 
 Z95 = 1.959964
 SINGLE_TARGET = ("recall", "hit", "ndcg", "mrr")  # metrics whose value in a row follows from one rank
@@ -188,7 +189,12 @@ def compared(ours: Sequence[Path], theirs: Sequence[Path]) -> str:
     for group in groups:
         cells = [[line.metrics[name] for line in group] for name in names]
         means.append([group[0].name, str(len(group)), *map(_mean_of_seeds, cells)])
-    return f"{draw(['model', 'seeds', *names], means)}\n{gain_sentence(*groups, metric, int(k))}"
+    said = [
+        f"{group[0].name}: {shuffled_sentence(seed)}"
+        for folders, group in zip((ours, theirs), groups, strict=True)
+        if (seed := chosen[folders[0]].get("shuffle_text")) is not None
+    ]
+    return "\n".join([draw(["model", "seeds", *names], means), gain_sentence(*groups, metric, int(k)), *said])
 
 
 def refuse_other_than_seeds(settings: Sequence[dict[str, Any]], folders: Sequence[Path]) -> None:
@@ -272,7 +278,9 @@ def teaching_sentences(line: Line) -> list[str]:
     ]
 
 
-def protocol_sentence(eval_args: dict[str, Any], seen_items: str, ties: float, note: str | None) -> str:
+def protocol_sentence(
+    eval_args: dict[str, Any], seen_items: str, ties: float, note: str | None, shuffle_text: int | None = None
+) -> str:
     """How the lines were evaluated, and what has to be known of the data."""
     seen = {"keep": "items of the history kept", "mask": "items of the user's whole history left out"}[seen_items]
     split = ", ".join(f"{kind}={how}" for kind, how in eval_args["split"].items())
@@ -280,6 +288,7 @@ def protocol_sentence(eval_args: dict[str, Any], seen_items: str, ties: float, n
         f"Protocol: RecBole's split {split} in the order {eval_args['order']}, test mode {eval_args['mode']['test']}, {seen}; "
         f"students are selected on validation rows, LLMs by their answer loss there. {ties:.1%} of the interactions share their time "
         f"with another one of the same user and keep the order of the file.{' ' + note if note else ''}"
+        f"{'' if shuffle_text is None else ' ' + shuffled_sentence(shuffle_text)}"
     )
 
 

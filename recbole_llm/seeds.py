@@ -8,6 +8,7 @@ import numpy as np
 
 from recbole_llm.account import Account
 from recbole_llm.artifacts import DamagedArtifact, read_json
+from recbole_llm.item_text import shuffled_sentence
 from recbole_llm.report import draw, paired_gain, refuse_other_than_seeds, row_metric
 
 
@@ -48,6 +49,8 @@ def together(folders: Sequence[Path]) -> str:
             parts.append(
                 f"{ours} against {theirs}, {metric.lower()}@{cut}: {gain:+.1%} (95 % {low:+.1%} to {high:+.1%})."
             )
+    if (seed := settings[0].get("shuffle_text")) is not None:
+        parts.append(shuffled_sentence(seed))
     return "\n".join([*parts, policies(accounts)])
 
 

@@ -193,6 +193,8 @@ def identity(config: Any, labelling: bool) -> dict[str, Any]:
     if config["prompt_lead"]:  # the template itself stands in code
         words = Words(config["prompt_instruction"], config["prompt_lead"], config["prompt_preamble"] or PREAMBLE)
         settings["prompt"] = [prompt(words, ["first", "second"]), answer("third")]
+    if config["shuffle_text"] is not None:  # texts are part of the data's hash, too, but only their titles
+        settings["shuffle_text"] = config["shuffle_text"]
     return settings | {"folders": model_folders(settings)}
 
 

@@ -460,6 +460,15 @@ def test_every_declared_key_is_read_somewhere():
     assert not unread
 
 
+def test_a_seed_of_shuffled_texts_is_checked_and_handed_to_all_models_of_a_run(base):
+    said = faults(base, shuffle_text="yes", lerning_rate=1)
+    assert "shuffle_text=yes: is no seed; there are whole numbers from 0 upwards, and empty for texts" in said
+    assert "lerning_rate=1" in said
+    assert "  teacher_shuffle_text=3" in faults(base, teacher_shuffle_text=3)
+    assert config_file.role_config(make(base, shuffle_text=3), "teacher")["shuffle_text"] == 3
+    assert config_file.role_config(make(base), "teacher")["shuffle_text"] is None
+
+
 def test_modes_set_the_same_fields_and_every_empty_key():
     ours = yaml.safe_load((PROPERTIES / "model" / "DLLM2Rec.yaml").read_text())
     modes = ours["distill_modes"]

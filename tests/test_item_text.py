@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from recbole.config import Config
 from recbole.data import create_dataset
 
-from recbole_llm.item_text import ItemText, check_quotes, clean_title, filled_in
+from recbole_llm.item_text import ItemText, check_quotes, clean_title, filled_in, givers
 from recbole_llm.model import PROPERTIES
 from tests.ring import RING, TITLES, TOKENS, shuffled
 
@@ -230,3 +230,58 @@ def test_a_template_that_cannot_be_filled_in_is_refused(ring, template, message)
     file.write_text("\n".join([f"{head}\tkind:token", *(f"{line}\tpet" for line in lines)]) + "\n")
     with pytest.raises(ValueError, match=re.escape(message)):
         filled_in(template, load(ring), "title")
+
+
+@given(st.lists(st.text(max_size=4), min_size=2, max_size=40, unique=True), st.integers(0, 5), st.randoms())
+def test_every_item_gets_the_text_of_another_one_by_tokens_and_seed_alone(tokens, seed, order):
+    giver = givers(["[PAD]", *tokens], seed)
+    assert giver[0] == 0 and sorted(giver) == list(range(len(tokens) + 1))
+    assert all(item != other for item, other in enumerate(giver) if item)
+    moved = order.sample(tokens, len(tokens))
+    again = givers(["[PAD]", *moved], seed)
+    by_token = {token: tokens[other - 1] for token, other in zip(tokens, giver[1:], strict=True)}
+    assert by_token == {token: moved[other - 1] for token, other in zip(moved, again[1:], strict=True)}
+
+
+def test_another_seed_is_another_permutation_and_one_item_keeps_its_text():
+    assert givers(["[PAD]", *TOKENS], 1) != givers(["[PAD]", *TOKENS], 2)
+    assert givers(["[PAD]", "alone"], 1) == [0, 1]
+
+
+def test_shuffled_titles_do_not_follow_the_order_of_the_file_and_are_said_once(ring, tmp_path, caplog):
+    own = dict(zip(TOKENS, TITLES, strict=True))
+    found = []
+    for path in (ring, shuffled(ring, tmp_path / "other", seed=3)):
+        dataset = load(path, shuffle_text=7)
+        with caplog.at_level(logging.WARNING):
+            text = ItemText.from_dataset(dataset, "title")
+            ItemText.from_dataset(dataset, "title")
+        said = [record.getMessage() for record in caplog.records if "shuffle_text=7" in record.getMessage()]
+        assert len(said) == 1 and said[0].startswith("Item texts are shuffled")
+        caplog.clear()
+        found.append(dict(zip(text.tokens[1:], text.titles[1:], strict=True)))
+        assert text.titles[0] == "" and sorted(text.titles[1:]) == sorted(TITLES)
+        unmoved = ItemText.from_dataset(dataset, "title", shuffled=False)
+        assert dict(zip(unmoved.tokens[1:], unmoved.titles[1:], strict=True)) == own
+    assert found[0] == found[1] and all(found[0][token] != own[token] for token in TOKENS)
+
+
+def test_all_columns_of_an_item_are_shuffled_together(ring):
+    rows = [
+        [token, title, title[:3], str(number)] for number, (token, title) in enumerate(zip(TOKENS, TITLES, strict=True))
+    ]
+    dataset = with_columns(ring, rows)
+    template = "{title}; {kind}; {price}"
+    own = filled_in(template, dataset, "title")
+    dataset.config["shuffle_text"] = 0
+    moved = filled_in(template, dataset, "title")
+    assert moved[0] == "" and sorted(moved) == sorted(own)
+    assert all(ours != theirs for ours, theirs in zip(moved[1:], own[1:], strict=True))
+
+
+@pytest.mark.parametrize("value", [-1, 1.5, True, "yes"])
+def test_what_is_no_seed_is_refused_also_under_recboles_own_config(ring, value):
+    with pytest.raises(
+        ValueError, match=rf"^shuffle_text={value}: is no seed; there are whole numbers.*Set shuffle_text"
+    ):
+        ItemText.from_dataset(load(ring, shuffle_text=value), "title")

@@ -6,13 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from recbole.utils import get_model
 
-from recbole_llm import Recommender, load_recommender
+from recbole_llm import Config, Recommender, load_recommender
+from recbole_llm.attached import teacher_vectors
 from recbole_llm.command import main
+from recbole_llm.item_text import givers
 from recbole_llm.knowledge import Knowledge
-from recbole_llm.quick_start import run_recbole_llm
+from recbole_llm.quick_start import load_data, run_identity, run_recbole_llm
 from recbole_llm.report import compared
+from recbole_llm.teacher import identity
 from tests.pipelines import ring_settings
+from tests.ring import TITLES, TOKENS, shuffled
 
 
 def run(model, data_path, tiny_lm=None, **more):
@@ -117,6 +122,62 @@ def test_a_saved_student_recommends(ring):
     student = load_recommender(folder / "model.safetensors")
     assert isinstance(student, Recommender)
     assert student.recommend(["i03", "i04", "i05"], k=1)[0].token == "i06"
+
+
+def test_shuffled_texts_are_another_teacher_and_knowledge_and_the_table_says_so(ring, tiny_lm):
+    plain = run("DLLM2Rec", ring, tiny_lm)
+    assert "shuffled" not in plain["table"]
+    moved = run("DLLM2Rec", ring, tiny_lm, shuffle_text=3)
+    assert "Item texts are shuffled (shuffle_text=3)" in moved["table"]
+    # the student alone reads no text
+    assert [line.cached for line in moved["lines"]] == [False, True, False] and moved["folder"] != plain["folder"]
+    assert len(list(Path("saved/teachers").iterdir())) == 2
+    ours, theirs = (Knowledge.load(result["lines"][0].notes["knowledge"]["folder"]) for result in (plain, moved))
+    assert ours.manifest["titles"] != theirs.manifest["titles"]
+    rows, others = (each.item_embedding[1:].sort(dim=0).values for each in (ours, theirs))
+    assert torch.equal(rows, others), "the catalogue's texts are the same ones"
+    assert not (ours.item_embedding[1:] == theirs.item_embedding[1:]).all(dim=1).any(), "but none stands where it did"
+    with pytest.raises(ValueError, match="what differs: titles"):
+        run("DLLM2Rec", ring, tiny_lm, shuffle_text=3, teacher_knowledge=str(ours.folder))
+    said = compared([Path(moved["folder"])], [Path(plain["folder"])])
+    assert said.count("Item texts are shuffled (shuffle_text=3)") == 1
+
+
+def test_runs_from_before_there_was_shuffle_text_stay_found(ring):
+    config = Config("SASRec", "ring", None, ring_settings(ring, "SASRec"), read_argv=False)
+    assert "shuffle_text" in config.final_config_dict and "shuffle_text" not in run_identity(config)
+    assert "shuffle_text" not in identity(config, labelling=True)
+    moved = Config("SASRec", "ring", None, ring_settings(ring, "SASRec", shuffle_text=0), read_argv=False)
+    assert run_identity(moved)["shuffle_text"] == 0 == identity(moved, labelling=True)["shuffle_text"]
+
+
+def test_what_a_saved_student_recommends_has_its_own_title(ring):
+    folder = Path(run("DLLM2Rec", ring, distill_mode="off", epochs=25, shuffle_text=3)["folder"])
+    best = load_recommender(folder / "model.safetensors").recommend(["i03", "i04", "i05"], k=1)[0]
+    assert (best.token, best.title) == ("i06", TITLES[6])
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_vectors_of_shuffled_texts_move_whatever_the_order_of_the_file(ring, tmp_path, tiny_lm, moved):
+    path = shuffled(ring, tmp_path / "other", seed=3) if moved else ring
+    tables = {}
+    for model in ("LiteLLM4Rec", "DLLM2Rec"):
+        for seed in (None, 3):
+            settings = ring_settings(path, model, tiny_lm, shuffle_text=seed)
+            settings |= {"teacher_embedding": str(tiny_lm)} if model == "DLLM2Rec" else {}
+            config = Config(model, "ring", None, settings, read_argv=False)
+            data = load_data(config)
+            if model == "LiteLLM4Rec":
+                built = get_model(model)(config, data.train._dataset)
+                built.read_items()
+                table = built.item_embedding.vectors
+            else:
+                table = teacher_vectors(config, data.train, data.valid)
+            ids = data.train._dataset.field2token_id["item_id"]
+            tables[model, seed] = table[[ids[token] for token in TOKENS]]
+        own, other = tables[model, None], tables[model, 3]
+        giver = givers(["[PAD]", *TOKENS], 3)  # the ring's tokens are in order already
+        assert torch.equal(other, own[[place - 1 for place in giver[1:]]]) and not torch.equal(other, own)
 
 
 # Bad input ------------------------------------------------------------------------------------------------------------

@@ -303,6 +303,9 @@ class BIGRec(Teacher):
 class BIGRecTrainer(SequenceTrainer):
     """Tunes the LLM on a few training rows, early stopped on the answer loss of a few validation rows."""
 
+    twin_rows = 0
+    """Rows of the last evaluation whose target shares its title."""
+
     def _build_optimizer(self, **kwargs):
         return None  # the LLM's adapters do not exist yet; lm.tune has the optimizer
 
