@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from recbole_llm import knowledge, plan, report
+from recbole_llm import ensemble, knowledge, plan, report
 from recbole_llm.artifacts import digest, read_tensors, write_atomically, write_json
 from recbole_llm.benchmark import TEACHER_OF, Benchmark, Row
 from recbole_llm.config import Config
