@@ -2,7 +2,9 @@
 
 What is counted are the training rows and nothing else. Every setting of counting is a list of choices (or one value); an epoch is one
 combination of them, counted and evaluated on the validation rows as a trained model's epoch is, and RecBole's own loop keeps the best:
-of equals the later one. Without validation rows there is one epoch, the first combination. Test rows are never looked at.
+of equals the later one. Where there are many validation rows, combinations are compared on a seeded sample of them
+(`counting_valid_rows`), and the score that is reported is that of the best on all. Without validation rows there is one epoch, the first
+combination. Test rows are never looked at.
 
 Most items share a score, most often none. A tie that followed internal ids would follow the order of the data's files, and those often
 have targets in order; here popularity decides, and then a seeded order of the items' tokens.
@@ -14,11 +16,13 @@ from itertools import product
 from typing import Any
 
 import torch
+from recbole.data.dataloader import FullSortEvalDataLoader
 from recbole.model.abstract_recommender import SequentialRecommender
 from recbole.utils import InputType
 from torch import Tensor
 
 from recbole_llm.config import check_range, check_topk
+from recbole_llm.rows import chosen_rows, some_of
 from recbole_llm.sequences import Log, latest, pack
 from recbole_llm.trainer import SequenceTrainer
 
@@ -135,6 +139,7 @@ class Counting(SequentialRecommender):
         check_topk(config, dataset.item_num)
         self.grid = grid(self.offered(config) | {"counting_repeats": config["counting_repeats"]})
         self.check()
+        check_range(config, "counting_valid_rows", 0)
         self.log: Log | None = None
         self._counted: list[float] | None = None
         self.register_buffer("popularity", torch.zeros(self.n_items, dtype=torch.long))
@@ -319,13 +324,27 @@ class CountingTrainer(SequenceTrainer):
         self.eval_step, self.stopping_step = min(1, self.eval_step), len(combinations)
         if self._resumed is not None:
             self.best = self._resumed[1]["best"]
-        result = super().fit(train_data, valid_data, verbose, saved, show_progress, callback_fn)
+        some = self.some_of(valid_data) if validates else valid_data
+        super().fit(train_data, some, verbose, saved, show_progress, callback_fn)
         self.model.count(combinations[self.best])
-        picked = (
-            f"{len(combinations)} combinations on validation rows" if validates else "no validation rows: the first"
+        if some is not valid_data:
+            self.best_valid_score, self.best_valid_result = super()._valid_epoch(valid_data, show_progress)
+            if saved:
+                self._save_checkpoint(self.best, verbose=False)
+        on = (
+            f"best of {len(combinations)} on {len(some._dataset)} validation rows"
+            if validates
+            else "the first: no validation"
         )
-        self.logger.info(f"{self.config['model']}: {said(combinations[self.best])} ({picked}).")
-        return result
+        self.logger.info(f"{self.config['model']}: {said(combinations[self.best])} ({on}).")
+        return self.best_valid_score, self.best_valid_result
+
+    def some_of(self, valid_data: Any) -> Any:
+        """The loader of `counting_valid_rows` validation rows; the same loader if there are no more, or it ranks sampled items only."""
+        count = self.config["counting_valid_rows"]
+        if not isinstance(valid_data, FullSortEvalDataLoader) or not 0 < count < len(valid_data._dataset):
+            return valid_data
+        return some_of(valid_data, chosen_rows(valid_data._dataset, count, self.config["seed"] or 0), self.config)
 
     def _train_epoch(self, train_data, epoch_idx, loss_func=None, show_progress=False):
         """Count by one combination; the loss is 0."""
