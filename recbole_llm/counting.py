@@ -13,6 +13,7 @@ have targets in order; here popularity decides, and then a seeded order of the i
 import hashlib
 from collections.abc import Mapping, Sequence
 from itertools import product
+from math import prod
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ from recbole.model.abstract_recommender import SequentialRecommender
 from recbole.utils import InputType
 from torch import Tensor
 
-from recbole_llm.config import check_range, check_topk
+from recbole_llm.config import check_range, check_topk, read_yaml
+from recbole_llm.model import PROPERTIES
 from recbole_llm.rows import chosen_rows, some_of
 from recbole_llm.sequences import Log, latest, pack
 from recbole_llm.trainer import SequenceTrainer
@@ -36,6 +38,12 @@ def grid(offered: Mapping[str, Any]) -> list[dict[str, float]]:
     """All combinations of settings, the last one named varying fastest. Args: each setting's choices, or its one value."""
     listed = [value if isinstance(value, list) else [value] for value in offered.values()]
     return [dict(zip(offered, values, strict=True)) for values in product(*listed)]
+
+
+def combinations(config: Any) -> int:
+    """How many combinations a counting model's Config offers, told without the model."""
+    keys = read_yaml(PROPERTIES / "model" / f"{config['model']}.yaml")
+    return prod(len(config[key]) for key in keys if isinstance(config[key], list))
 
 
 def order_of_ties(popularity: Tensor, tokens: Sequence[str], seed: int) -> Tensor:
