@@ -99,9 +99,10 @@ def data_digest(log: Log, dataset: Any, config: Any) -> str:
     Args:
         log: The log.
         dataset: The dataset it is of.
-        config: The teacher's; `title_field` and, where it has one, `lite_item_template` say what is read.
+        config: The teacher's; `title_field` and, where it has one, `lite_item_template` or `textknn_template` say what is read.
     """
-    title_field, template = config["title_field"], config["lite_item_template"] or TITLE_ALONE
+    template = config["lite_item_template"] or config["textknn_template"] or TITLE_ALONE
+    title_field = config["title_field"]
     items = [str(token) for token in dataset.field2id_token[dataset.iid_field]]
     users = dataset.field2id_token[dataset.uid_field]
     texts: Sequence[str] = ()

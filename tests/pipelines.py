@@ -26,6 +26,7 @@ OF_EVERY_MODEL = (
     "epochs", "stopping_step", "MAX_ITEM_LIST_LENGTH", "train_batch_size", "learning_rate", "topk", "valid_metric",
     "show_progress", "state",
 )  # fmt: skip
+COUNTED = ("Popularity", "Markov", "HistoryKNN", "TextKNN")
 
 
 def ring_settings(data_path, model: str, tiny_lm=None, **more) -> dict:
@@ -40,6 +41,9 @@ def ring_settings(data_path, model: str, tiny_lm=None, **more) -> dict:
     elif model == "LiteLLM4Rec":
         small = {key: SMALL[key] for key in OF_EVERY_MODEL}
         small |= {"llm": str(tiny_lm), "lite_llm_learning_rate": 0.001, "lite_warmup_steps": 0, "lite_dropout": 0.0}
+    elif model in COUNTED:
+        small = {key: SMALL[key] for key in OF_EVERY_MODEL}
+        small |= {"llm": str(tiny_lm)} if model == "TextKNN" else {}
     elif model == "P5":
         small |= {"p5_width": 32, "p5_inner": 64, "p5_heads": 2, "p5_layers": 1, "p5_digits": 1, "p5_beams": 10}
         small |= {"p5_group": 5, "p5_clusters": 3}

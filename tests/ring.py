@@ -1,6 +1,6 @@
 """The ring: 24 items and 60 users in real atomic files, where item t + 1 (modulo 24) always follows item t.
 
-Whoever learns anything from a history reaches hit@1 = 1 here.
+Whoever learns anything of the order of a history reaches hit@1 = 1 here.
 """
 
 import random

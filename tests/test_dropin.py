@@ -13,10 +13,10 @@ from recbole.quick_start import load_data_and_model, run_recbole
 from recbole.utils.case_study import full_sort_topk
 
 from tests.conftest import ROOT
-from tests.pipelines import ring_settings, step_by_step
+from tests.pipelines import COUNTED, ring_settings, step_by_step
 
 
-@pytest.mark.parametrize("model", ["DLLM2Rec", "BIGRec", "P5", "LiteLLM4Rec"])
+@pytest.mark.parametrize("model", ["DLLM2Rec", "BIGRec", "P5", "LiteLLM4Rec", *COUNTED])
 def test_run_recbole_finds_and_runs_our_models(model, ring, tiny_lm):
     result = run_recbole(model=model, dataset="ring", config_dict=ring_settings(ring, model, tiny_lm))
     assert set(result["test_result"]) == {"recall@1", "recall@10", "ndcg@1", "ndcg@10", "mrr@1", "mrr@10"}

@@ -57,6 +57,7 @@ def test_a_split_that_is_not_leave_one_out_is_refused(source):
         ({"device_model": "DIN", "lsc_own_candidates": 5}, "lsc_own_candidates=5: DIN scores one item at a time"),
         ({"device_MAX_ITEM_LIST_LENGTH": 30}, "device_MAX_ITEM_LIST_LENGTH=30: batches hold the last 12 items"),
         ({"cloud": "DIN"}, "cloud=DIN: scores one item at a time"),
+        ({"device_model": "Markov"}, "device_model=Markov: it counts, and a device is trained in phases"),
     ],
 )
 def test_what_cannot_work_is_refused_before_any_work(source, settings, message):

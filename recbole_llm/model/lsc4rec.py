@@ -82,6 +82,10 @@ class LSC4Rec(SequentialRecommender):
         check_topk(config, dataset.item_num)
         self.settings = Collaboration.from_config(config)
         self.device_model = get_model(config["device_model"])(device_config(config), dataset)
+        if not any(True for _ in self.device_model.parameters()):
+            raise ValueError(
+                f"device_model={config['device_model']}: it counts, and a device is trained in phases; there is SASRec. Set device_model."
+            )
         draw_by_token(self.device_model, dataset)
         self.register_buffer("popularity", torch.zeros(self.n_items))
         self.alpha = [0.5 if self.settings.alpha is None else self.settings.alpha]
