@@ -26,7 +26,7 @@ OF_A_ROW = {
     "where": None,
     "only": {},
     "seeds": None,
-    "ensemble": None,
+    "ensemble": (),
 }
 
 
@@ -39,7 +39,7 @@ class Row:
         dataset: The data set's name in the file, under which stand its protocol and its table.
         role: `baseline`, `control` (shows where a gain is from) or `claim`.
         settings: All of its settings but the seed.
-        against: The row whose gain over it is the claim.
+        against: The rows that it is compared with; the first is what it began as.
         seeds: One run each.
         ensemble: The two rows whose scores are added; `teacher of <row>` names the teacher of one.
         axes: The values that its name was filled in with.
@@ -49,7 +49,7 @@ class Row:
     dataset: str
     role: str
     settings: dict[str, Any]
-    against: str | None
+    against: tuple[str, ...]
     seeds: tuple[int, ...]
     ensemble: tuple[str, ...] = ()
     axes: Mapping[str, str] = field(default_factory=dict)
@@ -190,11 +190,16 @@ def _expanded(
             dataset,
             spec["role"],
             settings | overrides,
-            spec["against"] and spec["against"].format(**names),
+            tuple(other.format(**names) for other in _listed(spec["against"])),
             tuple(spec["seeds"] or said["seeds"]),
-            tuple(part.format(**names) for part in spec["ensemble"] or ()),
+            tuple(part.format(**names) for part in spec["ensemble"]),
             names,
         )
+
+
+def _listed(value: str | list[str] | None) -> list[str]:
+    """One name or several as a list."""
+    return [value] if isinstance(value, str) else list(value or [])
 
 
 def names_in(template: str) -> list[str]:
@@ -212,8 +217,8 @@ def _loose_ends(rows: list[Row]) -> list[str]:
         there = [other.name for other in rows if other.dataset == row.dataset]
         if there.count(row.name) > 1:
             faults.append(f"  rows: {row.name}: stands twice on {row.dataset}; give each an axis or a name of its own")
-        for name in [row.against, *(part.removeprefix(TEACHER_OF) for part in row.ensemble)]:
-            if name and name not in there:
+        for name in [*row.against, *(part.removeprefix(TEACHER_OF) for part in row.ensemble)]:
+            if name not in there:
                 faults.append(f"  rows: {row.name}: {name} is no row on {row.dataset}{guess(name, there)}")
         if not row.ensemble and "model" not in row.settings:
             faults.append(f"  rows: {row.name}: has no model; give it settings: {{model: SASRec}}")

@@ -50,7 +50,7 @@ def numbers(entry: Entry) -> dict[str, Any]:
     lines = entry.lines
     return {
         "role": entry.role,
-        "against": entry.row.against if entry.role != "teacher" else None,
+        "against": list(entry.row.against) if entry.role != "teacher" else [],
         "test_rows": len(next(iter(lines.values())).ranks),
         "runs": {str(seed): {"metrics": line.metrics, "valid": line.valid} for seed, line in lines.items()},
         "seconds": {
@@ -93,8 +93,8 @@ def comparisons(table: Table, strongest: Entry | None) -> list[Comparison]:
     by_name = {entry.name: entry for entry in table.entries}
     questions = []
     for entry in table.entries:
-        against = by_name.get(entry.row.against) if entry.role != "teacher" else None
-        others = [against, strongest if entry.role == "claim" else None]
+        others = [by_name.get(name) for name in entry.row.against] if entry.role != "teacher" else []
+        others += [strongest] if entry.role == "claim" else []
         for other in dict.fromkeys(each.name for each in others if each and each is not entry):
             rows = common_rows(entry, by_name[other])
             users = table.facts.user if rows is None else table.facts.user[rows]
@@ -127,7 +127,7 @@ def overlaps(table: Table) -> dict[str, dict[str, float]]:
     by_name = {entry.name: entry for entry in table.entries}
     found = {}
     for entry in table.entries:
-        teacher, before = by_name.get(entry.taught_by or ""), by_name.get(entry.row.against or "")
+        teacher, before = by_name.get(entry.taught_by or ""), by_name.get(next(iter(entry.row.against), ""))
         if not teacher or not before or common_rows(teacher, entry, before) is not None:
             continue
         lists = [each.lists() for each in (teacher, before, entry)]

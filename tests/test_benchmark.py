@@ -39,7 +39,11 @@ def test_rows_stand_once_for_every_value_of_their_axes(tmp_path):
         "SASRec", "GRU4Rec", "SASRec of BIGRec", "GRU4Rec of BIGRec", "SASRec + BIGRec", "GRU4Rec + BIGRec",
     ]  # fmt: skip
     taught = benchmark.on("ring")[3]
-    assert taught.against == "GRU4Rec" and taught.axes == {"student": "GRU4Rec", "teacher": "BIGRec", "dataset": "ring"}
+    assert taught.against == ("GRU4Rec",) and taught.axes == {
+        "student": "GRU4Rec",
+        "teacher": "BIGRec",
+        "dataset": "ring",
+    }
     assert benchmark.on("ring")[5].ensemble == ("GRU4Rec", "teacher of GRU4Rec of BIGRec")
     assert taught.seeds == (1, 2)
 
