@@ -2,9 +2,10 @@ PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+BENCHMARK ?= properties/benchmark/smoke.yaml
 ARGS ?= --model=DLLM2Rec --dataset=ml-100k --teacher=BIGRec
 
-.PHONY: help run test check slow stacks bench bench-full tune wheel clean
+.PHONY: help run test check slow stacks verify bench bench-full tune readme wheel clean
 
 help: ## Show what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -35,6 +36,9 @@ stacks: $(READY) ## The fast tests on the newest packages and on numpy 1.26 + pa
 	$(VENV)-old/bin/python -m pip install -q -c constraints-old.txt -e '.[dev]'
 	$(VENV)-old/bin/python -m pytest
 
+verify: $(READY) ## Run a benchmark from scratch and compare with its committed results (BENCHMARK=... for another one than smoke)
+	$(BIN)/python run_recbole_llm.py --benchmark=$(BENCHMARK) --verify
+
 bench: $(READY) ## Speed and memory as ratios within one run; prints tables, writes JSON (half an hour on 2 cores, needs ../shared/data)
 	$(BIN)/python -m tests.bench.epoch
 	$(BIN)/python -m tests.bench.dataset
@@ -51,6 +55,9 @@ bench-full: $(READY) ## Time to RecBole's quality, quality after convergence, ph
 
 tune: $(READY) ## The tuned baselines again: hours, resumable, finished trials are taken from tests/bench/tuned
 	$(BIN)/python -m tests.bench.tune
+
+readme: $(READY) ## The result tables of README from the committed results
+	$(BIN)/python -m tests.bench.readme
 
 wheel: $(READY) ## dist/*.whl
 	$(BIN)/python -m build --wheel

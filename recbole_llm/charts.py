@@ -79,8 +79,9 @@ def _against(points: list[Mapping[str, Any]], cost: str, label: str, title: str,
             place = point[cost], point["score"]
             axes.errorbar(*place, point["half"], fmt="o", color=COLOURS[point["role"]], alpha=0.8, capsize=2)
             axes.annotate(point["name"], place, xytext=(5, 3), textcoords="offset points", fontsize="x-small")
-    axes.set(xscale="log", xlabel=label, ylabel="quality")
+    axes.set(xscale="log", xlabel=label, ylabel=title.partition(" on ")[0])
     axes.set_title(title, fontsize="medium")
+    axes.margins(x=0.25)  # room for the names of the points to the right
     axes.grid(alpha=0.3, which="both")
     figure.savefig(file)
     return file

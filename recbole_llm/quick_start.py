@@ -35,6 +35,7 @@ NOT_IDENTITY = {
     "show_progress", "resume", "checkpoint_dir", "state", "gpu_id", "use_gpu", "config_files", "config_file_list", "data_path",
     "log_wandb", "wandb_project", "allow_keys", "device", "distill_modes", "save_dataset", "save_dataloaders", "device_settings",
     "teacher_shard", "keep_lists",
+    "MASK_INDEX", "MASK_ITEM_SEQ", "POS_ITEMS", "NEG_ITEMS",  # RecBole's loader for BERT4Rec writes them into the Config
 }  # fmt: skip
 
 

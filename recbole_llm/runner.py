@@ -21,6 +21,7 @@ from recbole_llm import ensemble, knowledge, plan, report
 from recbole_llm.artifacts import digest, read_tensors, write_atomically, write_json
 from recbole_llm.benchmark import TEACHER_OF, Benchmark, Row
 from recbole_llm.config import Config
+from recbole_llm.model.dllm2rec import Distillation
 from recbole_llm.quick_start import LISTS, finished, load_data, run_folder, run_recbole_llm, teacher_line_folder
 from recbole_llm.slices import Facts
 
@@ -183,6 +184,8 @@ class Runner:
         entry = entries.setdefault((row.dataset, row.name), Entry(row, row.name, row.role))
         if row.ensemble:
             entry.lines[seed] = self._ensemble(row, seed, entries)
+        elif line := self._finished_alone(row, seed):
+            entry.lines[seed], entry.folders[seed] = line, run_folder(config_of(row, seed))
         else:
             settings = settings_of_run(row, seed)
             result = run_recbole_llm(settings.pop("model"), settings.pop("dataset"), None, settings, alone=False)
@@ -191,6 +194,14 @@ class Runner:
             if before and row.settings["model"] == "DLLM2Rec":
                 entry.taught_by = self._teacher(row, seed, before[0], entries)
         write_run(self.folder, entry, seed)
+
+    def _finished_alone(self, row: Row, seed: int) -> report.Line | None:
+        """The line of a run that is finished and has no teacher, whose own line would have to be looked for in the data."""
+        config = config_of(row, seed)
+        distils = config["student"] and config["distill_mode"] != "off"
+        if not config["resume"] or distils and Distillation.from_config(config).asks_teacher(config):
+            return None
+        return finished(run_folder(config), LIST)
 
     def _teacher(self, row: Row, seed: int, line: report.Line, entries: dict[tuple[str, str], Entry]) -> str:
         """The entry of the teacher of a row, one per Knowledge; returns its name."""

@@ -13,6 +13,7 @@ from recbole_llm.benchmark import Benchmark
 from recbole_llm.comparisons import Comparison, compare, per_user
 from recbole_llm.report import row_metric
 from recbole_llm.runner import Entry, Table
+from recbole_llm.seeds import together
 from recbole_llm.slices import overlap, slices_of
 
 
@@ -21,7 +22,7 @@ def standing(table: Table) -> dict[str, Any]:
 
     Returns:
         `protocol`, `test_rows`, `users`, `metric`, `rows` (each with its runs), `strongest` (the baseline that did best on
-        validation), `comparisons`, `slices`, `overlap`, `missing`.
+        validation), `comparisons`, `slices`, `overlap`, `accounts` (of LSC4Rec, as text), `missing`.
     """
     metric, k = metric_of(table)
     strongest = strongest_baseline(table.entries, f"{metric}@{k}")
@@ -35,6 +36,7 @@ def standing(table: Table) -> dict[str, Any]:
         "comparisons": [vars(each) | {"verdict": each.verdict} for each in comparisons(table, strongest)],
         "slices": sliced(table),
         "overlap": overlaps(table),
+        "accounts": accounts(table),
         "missing": [list(each) for each in table.missing],
     }
 
@@ -139,6 +141,15 @@ def overlaps(table: Table) -> dict[str, dict[str, float]]:
     return found
 
 
+def accounts(table: Table) -> dict[str, str]:
+    """Of rows of LSC4Rec: every line and policy over seeds, as `python -m recbole_llm.seeds` prints them."""
+    return {
+        entry.name: together(list(entry.folders.values()))
+        for entry in table.entries
+        if entry.row.settings.get("model") == "LSC4Rec" and entry.folders
+    }
+
+
 def markdown(benchmark: Benchmark, standings: Mapping[str, Mapping[str, Any]], machine: str, command: str) -> str:
     """Everything as Markdown: one section per data set."""
     parts = [f"# {benchmark.name}", benchmark.what]
@@ -182,6 +193,8 @@ def section(standing: Mapping[str, Any], paper: Mapping[str, Any], source: str) 
             "Share of the teacher's 20 best items that are among the student's, before and after distillation:",
             table(["student", "teacher", "before", "after"], body),
         ]
+    for name, account in standing["accounts"].items():
+        parts += [f"{name}, cloud and device:", f"```\n{account}\n```"]
     if paper:
         parts += [f"As published ({source}), under another protocol, not to be compared:", published(paper, "")]
     if standing["missing"]:

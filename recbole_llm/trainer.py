@@ -81,14 +81,14 @@ class SequenceTrainer(Trainer):
             torch.set_num_threads(config["threads"])
         self.evaluated_rows: list[int] | None = None
         self._rank_last = None
-        self.lists: TopLists | None = None
+        self.top_lists: TopLists | None = None
         self.state_folder: Path | None = None
 
     @contextmanager
     def keeping_lists(self, k: int) -> Iterator[TopLists]:
         """While this lasts, an evaluation's best `k` items of every row are kept."""
-        with replaced(self, "lists", TopLists(k)):
-            yield self.lists
+        with replaced(self, "top_lists", TopLists(k)):
+            yield self.top_lists
 
     @property
     def ranks(self) -> list[int]:
@@ -311,8 +311,8 @@ class SequenceTrainer(Trainer):
             batch, scores, users, positives = rank(batched_data)
         if self._rank_last:
             positives = self._rank_last(batch, scores, positives)
-        if self.lists is not None:
-            self.lists.add(scores)
+        if self.top_lists is not None:
+            self.top_lists.add(scores)
         return batch, scores, users, positives
 
     def _save_checkpoint(self, epoch, verbose=True, **kwargs):

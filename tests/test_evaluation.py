@@ -152,3 +152,20 @@ def test_choices_are_refused_with_what_there_is(small):
         Config("SASRec", "small", None, settings, read_argv=False)
     assert "seen_items=masked: no such choice; did you mean 'mask'? There is keep, mask." in str(error.value)
     assert "loss_sampling=often: no such choice" in str(error.value)
+
+
+@pytest.mark.parametrize("seen_items", ["keep", "mask"])
+def test_lists_are_those_that_the_ranks_are_of(small, seen_items):
+    parts = trained(small, seen_items=seen_items)
+    with parts.trainer.keeping_lists(10) as lists:
+        parts.trainer.evaluate(parts.test, load_best_model=False)
+    kept, ranks = lists.tensors(), torch.tensor(parts.trainer.ranks)
+    targets = parts.test._dataset.inter_feat["item_id"]
+    found = ranks >= 0
+    assert found.any() and not found.all()
+    assert torch.equal(kept["items"][found, ranks[found]].long(), targets[found])
+    assert kept["items"].shape == (90, 10) and not (kept["items"] == 0).any()
+    assert (kept["items"][~found].long() != targets[~found, None]).all()
+    assert (kept["sure"] < 0).all() and parts.trainer.top_lists is None
+    parts.trainer.evaluate(parts.valid, load_best_model=False)
+    assert len(lists.tensors()["items"]) == 90, "an evaluation outside of the block is not kept"

@@ -1,0 +1,165 @@
+"""A benchmark run for real on the ring: what is written, what is taken from files, and that another run comes to the same."""
+
+import json
+import shutil
+
+import pandas
+import pytest
+
+from recbole_llm import runner
+from recbole_llm.benchmark import Benchmark
+from recbole_llm.command import main
+from recbole_llm.results import cells, differences, run_benchmark, verify
+from recbole_llm.runner import Runner, config_of, refuse_mixed_protocols
+from tests.conftest import ROOT
+
+SMOKE = ROOT / "properties" / "benchmark" / "smoke.yaml"
+ONLY = {"only": "ring/SASRec*vectors of LiteLLM4Rec"}
+SHIPPED = sorted((ROOT / "properties" / "benchmark").glob("*.yaml"))
+
+
+@pytest.fixture
+def ran(tmp_path):
+    """A part of the smoke benchmark, run: the student alone and a taught one, one seed."""
+    for only in ("ring/SASRec", ONLY["only"]):
+        run_benchmark(SMOKE, only=only, seeds=[2020])
+    return tmp_path / "results" / "smoke"
+
+
+@pytest.mark.timeout(900)
+def test_smoke_is_as_committed():
+    assert verify(SMOKE, results=ROOT / "results") == []
+
+
+def test_what_a_benchmark_leaves_behind(ran):
+    found = json.loads((ran / "results.json").read_text())["data"]["ring"]
+    assert list(found["rows"]) == ["SASRec", "LiteLLM4Rec (teacher)", "SASRec, vectors of LiteLLM4Rec"]
+    assert [each["role"] for each in found["rows"].values()] == ["baseline", "teacher", "claim"]
+    (comparison,) = found["comparisons"]
+    assert (comparison["name"], comparison["against"]) == ("SASRec, vectors of LiteLLM4Rec", "SASRec")
+    assert 0 < found["overlap"]["SASRec, vectors of LiteLLM4Rec"]["after"] <= 1
+    assert found["strongest"] == "SASRec" and ["SASRec", 2021] in found["missing"]
+    one = json.loads((ran / "runs" / "ring" / "SASRec-2020.json").read_text())
+    assert one["metrics"]["recall@1"] == 1.0 and one["seconds"]["train"] > 0 and 100 < one["peak_mb"] < 10_000
+    ranks = pandas.read_parquet(ran / "ranks-ring.parquet")
+    assert len(ranks) == 60 and (ranks["SASRec, seed 2020"] == 0).all() and set(ranks["history"]) == {11}
+    table = (ran / "table.md").read_text()
+    assert "| **SASRec, vectors of LiteLLM4Rec** | claim | 1 | 60 |" in table and "Not run yet: " in table
+    assert {file.name for file in ran.glob("*.png")} == {"quality-ring.png", "training-ring.png", "serving-ring.png"}
+
+
+def test_a_second_run_trains_nothing_and_says_the_same(ran, monkeypatch):
+    before = (ran / "results.json").read_text()
+    monkeypatch.setattr("recbole_llm.quick_start.trained", lambda *_: pytest.fail("trained again"))
+    run_benchmark(SMOKE, **ONLY, seeds=[2020])
+    assert json.loads((ran / "results.json").read_text())["data"] == json.loads(before)["data"]
+
+
+def test_a_killed_benchmark_goes_on(tmp_path, monkeypatch):
+    whole, calls = runner.run_recbole_llm, []
+
+    def killed(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return whole(*arguments, **options)
+
+    monkeypatch.setattr(runner, "run_recbole_llm", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_benchmark(SMOKE, only="ring/SASRec")
+    assert [file.name for file in (tmp_path / "results/smoke/runs/ring").iterdir()] == ["SASRec-2020.json"]
+    monkeypatch.setattr(runner, "run_recbole_llm", whole)
+    estimate = Runner(Benchmark.load(SMOKE), only="ring/SASRec").estimate()
+    (row,) = [line for line in estimate.splitlines() if "ring/SASRec" in line]
+    assert [cell.strip() for cell in row.split("|")][2:4] == ["2", "1"]
+    run_benchmark(SMOKE, only="ring/SASRec")
+    assert len(list((tmp_path / "results/smoke/runs/ring").iterdir())) == 2
+
+
+def test_rows_of_one_table_are_tested_alike(tmp_path):
+    text = SMOKE.read_text().replace("settings: {model: Markov}", "settings: {model: Markov, seen_items: mask}")
+    (tmp_path / "mixed.yaml").write_text(text)
+    with pytest.raises(
+        ValueError, match=r"Markov: would be tested otherwise than Popularity; .*seen_items \(mask, not keep\)"
+    ):
+        Runner(Benchmark.load(tmp_path / "mixed.yaml"))
+
+
+def test_a_wrong_setting_is_told_with_its_row_before_any_work(tmp_path):
+    (tmp_path / "wrong.yaml").write_text(SMOKE.read_text().replace("model: Markov}", "model: Markov, markov_lst: 1}"))
+    with pytest.raises(ValueError, match=r"ring/Markov: 1 setting that Markov on ring does not have:\n.*markov_last"):
+        Runner(Benchmark.load(tmp_path / "wrong.yaml"))
+    assert not (tmp_path / "saved" / "runs").exists()
+
+
+STANDING = {
+    "rows": {"A": {"runs": {"1": {"metrics": {"ndcg@10": 0.5}, "valid": {"ndcg@10": 0.6}}}, "seconds": {"train": 9}}},
+    "slices": {"length": {"1 to 5": {"rows": 3, "scores": {"A": 0.25}}}},
+    "overlap": {"A": {"before": 0.1, "after": 0.2}},
+}
+
+
+def test_every_quality_number_is_compared_and_no_time():
+    assert dict(cells(STANDING)) == {
+        "A, seed 1, metrics ndcg@10": 0.5,
+        "A, seed 1, valid ndcg@10": 0.6,
+        "A, length: 1 to 5": 0.25,
+        "A, overlap before": 0.1,
+        "A, overlap after": 0.2,
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "tolerance", "said"),
+    [
+        (lambda now: now["rows"]["A"]["seconds"].update(train=1), 0.0, []),
+        (lambda now: now["rows"]["A"]["runs"]["1"]["metrics"].update({"ndcg@10": 0.51}), 0.02, []),
+        (
+            lambda now: now["rows"]["A"]["runs"]["1"]["metrics"].update({"ndcg@10": 0.51}),
+            0.005,
+            ["d: A, seed 1, metrics ndcg@10: 0.500000 committed, 0.510000 now, tolerance 0.005"],
+        ),
+        (lambda now: now["overlap"].clear(), 0.5, ["d: A, overlap before: 0.100000 committed, nothing now"] * 2),
+        (
+            lambda now: now["slices"]["length"]["1 to 5"]["scores"].update(A=float("nan")),
+            0.5,
+            ["d: A, length: 1 to 5: 0.250000 committed, nan now, tolerance 0.5"],
+        ),
+    ],
+)
+def test_differences_name_the_cells(change, tolerance, said):
+    now = json.loads(json.dumps(STANDING))
+    change(now)
+    found = differences({"d": STANDING}, {"d": now}, {"d": tolerance})
+    assert found == (said if len(said) < 2 else [said[0], said[0].replace("before: 0.1", "after: 0.2")])
+
+
+def test_verify_exits_with_1_and_the_cells(tmp_path, monkeypatch, capsys):
+    shutil.copytree(ROOT / "results" / "smoke", tmp_path / "results" / "smoke")
+    committed = json.loads((ROOT / "results" / "smoke" / "results.json").read_text())["data"]
+    changed = json.loads(json.dumps(committed))
+    changed["ring"]["rows"]["SASRec"]["runs"]["2020"]["metrics"]["recall@1"] -= 0.5
+
+    def fake(file, overrides, results):
+        folder = type(tmp_path)(results) / "smoke"
+        folder.mkdir()
+        (folder / "results.json").write_text(json.dumps({"data": changed}))
+
+    monkeypatch.setattr("recbole_llm.results.run_benchmark", fake)
+    assert main([f"--benchmark={SMOKE}", "--verify"]) == 1
+    assert "ring: SASRec, seed 2020, metrics recall@1: 1.000000 committed, 0.500000 now" in capsys.readouterr().err
+    changed["ring"] = committed["ring"]
+    assert main([f"--benchmark={SMOKE}", "--verify"]) == 0
+
+
+def test_verify_without_committed_results_is_refused(capsys):
+    assert main([f"--benchmark={SMOKE}", "--verify"]) == 2
+    assert "no committed results to verify; there has to be results/smoke/results.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("file", [file for file in SHIPPED if file != SMOKE], ids=lambda file: file.stem)
+def test_every_row_of_a_shipped_file_has_settings_that_exist(file, shared_data):
+    benchmark = Benchmark.load(file, {"data_path": str(shared_data)})
+    for dataset in benchmark.datasets:
+        rows = [row for row in benchmark.on(dataset) if not row.ensemble]
+        refuse_mixed_protocols({row.name: config_of(row, row.seeds[0]) for row in rows})
