@@ -127,6 +127,23 @@ def test_validation_and_test_targets_are_not_counted(model, tmp_path):
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
+@pytest.mark.parametrize(
+    ("model", "choices"),
+    [("Markov", {"markov_gap": [1, 2], "markov_power": 1}), ("HistoryKNN", {"historyknn_neighbours": [1, 2]})],
+)
+def test_what_changes_a_count_is_counted_anew_and_what_only_reads_it_is_not(model, choices, ring):
+    """On the ring, one step or neighbour per item is one entry, and two are two."""
+    single = {"historyknn_shrinkage": 0.0} if model == "HistoryKNN" else {}
+    counted = Trained(model, ring, None, **choices, **single).fit().model
+    tables = []
+    for combination in counted.grid:
+        counted.count(combination)
+        tables.append(counted.value)
+    half = len(tables) // 2
+    assert {len(table) for table in tables[:half]} == {24} and {len(table) for table in tables[half:]} == {48}
+    assert all(table is tables[0] for table in tables[:half])
+
+
 def test_a_ratio_split_counts_the_earliest_part_of_each_user(tmp_path):
     data = write_log(tmp_path / "data", "log", {"a": ["x", "y", "z", "v", "w"], "b": ["x", "y", "z", "w", "v"]})
     split = {"split": {"RS": [0.5, 0.25, 0.25]}, "group_by": "user", "mode": "full", "order": "TO"}

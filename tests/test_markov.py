@@ -40,3 +40,18 @@ def test_a_score_is_the_decayed_sum_of_transitions_over_a_power_of_all(power, ex
 def test_it_knows_the_ring(ring):
     run = Trained("Markov", ring, None).fit()
     assert run.trainer.evaluate(run.data[2])["recall@1"] == 1.0
+
+
+def test_of_equal_transitions_the_one_to_the_more_popular_item_is_surer(tmp_path):
+    """After p came q, r and t once each; r is the most popular of them, q the least."""
+    users = {"a": ["p", "q", "s", "s"], "b": ["p", "r", "s", "s"], "c": ["p", "t", "s", "s"]}
+    users |= {"d": ["r", "r", "t", "s", "s"]}
+    own = {"markov_gap": 1, "markov_power": 0, "markov_decay": 0, "counting_repeats": True}
+    _, trainer, test, *_ = step_by_step("Markov", small(write_log(tmp_path / "data", "log", users), **own), "log")
+    ids = {token: test._dataset.token2id("item_id", token) for token in "pqrt"}
+    batch = test._dataset[[0]]
+    batch["item_id_list"][:] = 0
+    batch["item_id_list"][0, 0] = ids["p"]
+    scores = trainer.model.full_sort_predict(batch)[0]
+    q, t, r = (float(scores[ids[token]]) for token in "qtr")
+    assert 1.0 == q < t < r < 1.000001
