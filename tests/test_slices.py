@@ -59,3 +59,14 @@ def test_overlap_counts_items_wherever_they_stand():
     second = torch.tensor([[3, 1, 9], [7, 8, 9]])
     assert overlap(first, second) == 2 / 6 == overlap(second, first)
     assert overlap(first, first) == 1.0
+
+
+def test_the_chronological_protocol_has_several_rows_of_a_user_and_none_before_training(ring):
+    """8:1:1 over all instances by time, as in the papers of BIGRec and DLLM2Rec."""
+    chronological = {"split": {"RS": [8, 1, 1]}, "order": "TO", "group_by": "none", "mode": "full"}
+    train, valid, test = split(ring, MAX_ITEM_LIST_LENGTH=10, eval_args=chronological)
+    times = [part._dataset.inter_feat["timestamp"] for part in (train, valid, test)]
+    assert times[0].max() <= times[1].min() and times[1].max() <= times[2].min()
+    assert [len(part) for part in times] == [528, 66, 66]
+    facts = Facts.of(train._dataset, test._dataset)
+    assert len(facts.user) == 66 > len(set(facts.user)) and set(facts.history) == {10, 11}
