@@ -108,6 +108,9 @@ class Benchmark:
         given = read_yaml(file)
         faults = [f"  {key}: no such key{guess(key, OF_THE_FILE)}" for key in given if key not in OF_THE_FILE]
         said = OF_THE_FILE | given
+        faults += (
+            ["  seed: is varied by the benchmark; there is seeds, and --seeds"] if "seed" in (overrides or {}) else []
+        )
         faults += [f"  {key}: is empty; a benchmark needs it" for key in ("rows", "datasets") if not said[key]]
         rows: list[Row] = []
         if not faults:

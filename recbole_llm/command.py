@@ -15,7 +15,8 @@ EPILOG = (
 def main(argv: list[str] | None = None) -> int:
     """Run the command; faults of the settings are told in their own words, without a traceback."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(prog="run_recbole_llm.py", epilog=EPILOG, add_help=False)
+    # no abbreviations: --seed is a setting of RecBole, not the beginning of --seeds
+    parser = argparse.ArgumentParser(prog="run_recbole_llm.py", epilog=EPILOG, add_help=False, allow_abbrev=False)
     parser.add_argument("--model", help="model of this package, or any sequential model of RecBole; DLLM2Rec")
     parser.add_argument("--dataset", help="name of the data set; ml-100k")
     parser.add_argument("--config_files", default="", help="yaml files, separated by blanks; later ones win")
@@ -72,6 +73,9 @@ def benchmark(names: argparse.Namespace, settings: list[str]) -> int:
     file = names.benchmark or "properties/benchmark/smoke.yaml"
     pairs = (word.removeprefix("--").split("=", 1) for word in settings)
     overrides = {key: yaml.safe_load(value) for key, value in pairs}
+    if not all(seed.strip().isdigit() for seed in names.seeds.split(",") if names.seeds):
+        print(f"seeds={names.seeds}: no list of whole numbers; there is 2020,2021, say. Set --seeds.", file=sys.stderr)
+        return 2
     seeds = [int(seed) for seed in names.seeds.split(",") if seed]
     try:
         if names.estimate:

@@ -102,6 +102,12 @@ class Runner:
         self.configs = {
             (row.dataset, row.name): config_of(row, row.seeds[0]) for row in benchmark.rows if not row.ensemble
         }
+        if not any(self.chosen(row, seed) for row, seed in self.wanted()):
+            there = ", ".join(f"{row.dataset}/{row.name} {list(row.seeds)}" for row in benchmark.rows[:5])
+            raise ValueError(
+                f"only={only}, seeds={list(seeds)}: no run of {benchmark.name} is so called; there is {there} and so on. Set --only to a "
+                "pattern of <data set>/<row>, or leave it out."
+            )
         for dataset in benchmark.datasets:
             refuse_mixed_protocols({row.name: self.config(row) for row in benchmark.on(dataset) if not row.ensemble})
 

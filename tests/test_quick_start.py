@@ -2,6 +2,7 @@
 
 import json
 import logging
+import sys
 from pathlib import Path
 
 import pytest
@@ -306,6 +307,14 @@ def test_the_command_explains_settings_and_refuses_stray_words(capsys):
     assert "lora_rank: 8" in capsys.readouterr().out
     assert main(["--model=SASRec", "epochs", "3"]) == 2
     assert "not of the form --key=value" in capsys.readouterr().err
+
+
+def test_a_setting_is_not_taken_for_the_beginning_of_a_flag(monkeypatch):
+    """--seed is RecBole's; --seeds belongs to a benchmark."""
+    seen = []
+    monkeypatch.setattr("recbole_llm.quick_start.run_recbole_llm", lambda **_: seen.append(list(sys.argv)))
+    assert main(["--model=SASRec", "--seed=2021", "--bench=1"]) == 0
+    assert seen[0][1:] == ["--seed=2021", "--bench=1"]
 
 
 def test_a_config_file_may_name_model_and_data_and_the_command_line_wins(ring, tmp_path):

@@ -92,6 +92,21 @@ def test_a_wrong_setting_is_told_with_its_row_before_any_work(tmp_path):
     assert not (tmp_path / "saved" / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--only=ring/SASRek*"], "only=ring/SASRek*, seeds=[]: no run of smoke is so called; there is ring/Popularity [2020]"),
+        (["--seeds=1"], "only=*, seeds=[1]: no run of smoke is so called"),
+        (["--seeds=one"], "seeds=one: no list of whole numbers"),
+        (["--seed=1"], "seed: is varied by the benchmark; there is seeds, and --seeds"),
+        (["--lerning_rate=1"], "lerning_rate=1 (did you mean 'learning_rate'?)"),
+    ],
+)  # fmt: skip
+def test_a_wrong_command_is_refused_before_any_work(words, said, capsys):
+    assert main([f"--benchmark={SMOKE}", *words]) == 2
+    assert said in capsys.readouterr().err
+
+
 STANDING = {
     "rows": {"A": {"runs": {"1": {"metrics": {"ndcg@10": 0.5}, "valid": {"ndcg@10": 0.6}}}, "seconds": {"train": 9}}},
     "slices": {"length": {"1 to 5": {"rows": 3, "scores": {"A": 0.25}}}},
