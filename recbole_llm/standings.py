@@ -54,12 +54,20 @@ def numbers(entry: Entry) -> dict[str, Any]:
         "role": entry.role,
         "against": list(entry.row.against) if entry.role != "teacher" else [],
         "test_rows": len(next(iter(lines.values())).ranks),
-        "runs": {str(seed): {"metrics": line.metrics, "valid": line.valid} for seed, line in lines.items()},
+        "runs": {
+            str(seed): {"metrics": of_ranks(line.metrics), "valid": of_ranks(line.valid)}
+            for seed, line in lines.items()
+        },
         "seconds": {
             stage: mean_of([line.seconds.get(stage) for line in lines.values()]) for stage in ("train", "label", "test")
         },
         "peak_mb": mean_of([line.notes.get("peak_mb") for line in lines.values()]),
     }
+
+
+def of_ranks(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The metrics that have a cut-off; what LSC4Rec adds (rates, bytes, milliseconds) stands in its account."""
+    return {name: value for name, value in metrics.items() if "@" in name}
 
 
 def mean_of(values: Sequence[float | None]) -> float | None:
@@ -109,6 +117,8 @@ def sliced(table: Table) -> dict[str, dict[str, Any]]:
     """The metric that selects, by what is known of the rows: slice -> group -> {rows, scores by line}; lines with all rows only."""
     metric, k = metric_of(table)
     whole = [entry for entry in table.entries if common_rows(entry) is None]
+    if not whole:
+        return {}
     values = {entry.name: values_of(entry, metric, k) for entry in whole}
     sure = {
         entry.name: next(iter(kept.values()))["sure"].numpy()

@@ -5,6 +5,7 @@ import shutil
 
 import pandas
 import pytest
+import yaml
 
 from recbole_llm import runner
 from recbole_llm.benchmark import Benchmark
@@ -12,6 +13,7 @@ from recbole_llm.command import main
 from recbole_llm.results import cells, differences, run_benchmark, verify
 from recbole_llm.runner import Runner, config_of, refuse_mixed_protocols
 from tests.conftest import ROOT
+from tests.pipelines import ring_settings
 
 SMOKE = ROOT / "properties" / "benchmark" / "smoke.yaml"
 ONLY = {"only": "ring/SASRec*vectors of LiteLLM4Rec"}
@@ -90,6 +92,24 @@ def test_a_wrong_setting_is_told_with_its_row_before_any_work(tmp_path):
     with pytest.raises(ValueError, match=r"ring/Markov: 1 setting that Markov on ring does not have:\n.*markov_last"):
         Runner(Benchmark.load(tmp_path / "wrong.yaml"))
     assert not (tmp_path / "saved" / "runs").exists()
+
+
+def test_lsc4rec_has_its_account_and_no_times_among_its_metrics(ring, tiny_lm, tmp_path):
+    settings = ring_settings(ring, "LSC4Rec", tiny_lm, lsc_users=40)
+    rows = {"LSC4Rec": {"role": "baseline", "settings": {"model": "LSC4Rec"}}}
+    file = tmp_path / "lsc.yaml"
+    file.write_text(
+        yaml.safe_dump({"what": "LSC4Rec.", "datasets": {"ring": settings | {"dataset": "ring"}}, "rows": rows})
+    )
+    table = run_benchmark(file)
+    assert "LSC4Rec, cloud and device:" in table and "| consistency" in table and "by slices" not in table
+    found = json.loads((tmp_path / "results/lsc/results.json").read_text())["data"]["ring"]
+    assert all("@" in cell for cell in dict(cells(found)))
+    (run,) = found["rows"]["LSC4Rec"]["runs"].values()
+    assert (
+        set(run["metrics"]) == {"recall@1", "ndcg@1", "recall@10", "ndcg@10"}
+        and found["rows"]["LSC4Rec"]["test_rows"] == 40
+    )
 
 
 @pytest.mark.parametrize(
