@@ -165,7 +165,7 @@ class Runner:
         missing: dict[str, list[tuple[str, int]]] = {}
         began, done = perf_counter(), 0
         for row, seed in wanted:
-            asked = self.chosen(row, seed)
+            asked = self.chosen(row, seed) and self._parts_there(row, seed, entries)
             if not asked and not self._there(row, seed, entries):
                 missing.setdefault(row.dataset, []).append((row.name, seed))
                 continue
@@ -182,8 +182,19 @@ class Runner:
         """Whether a run that was not asked for is finished."""
         if not row.ensemble:
             return finished(run_folder(config_of(row, seed)), LIST) is not None
-        parts = [entries.get((row.dataset, part.removeprefix(TEACHER_OF))) for part in row.ensemble]
-        return all(parts) and finished(self._ensemble_folder(row, seed, entries)) is not None
+        return self._parts_there(row, seed, entries) and finished(self._ensemble_folder(row, seed, entries)) is not None
+
+    @staticmethod
+    def _parts_there(row: Row, seed: int, entries: Mapping[tuple[str, str], Entry]) -> bool:
+        """Whether all that an ensemble is made of under a seed was run; a row that is none needs no others."""
+        for part in row.ensemble:
+            other = entries.get((row.dataset, part.removeprefix(TEACHER_OF)))
+            # a teacher is the same under every seed of its student, and so is a row that has other seeds
+            if other is None or not (
+                part.startswith(TEACHER_OF) or seed in other.folders or seed not in other.row.seeds
+            ):
+                return False
+        return True
 
     def _one(self, row: Row, seed: int, entries: dict[tuple[str, str], Entry]) -> None:
         """Run a row under a seed, or take it from its files, and write what came out."""

@@ -78,6 +78,23 @@ def test_a_killed_benchmark_goes_on(tmp_path, monkeypatch):
     assert len(list((tmp_path / "results/smoke/runs/ring").iterdir())) == 2
 
 
+def test_an_ensemble_whose_parts_were_not_run_is_missing(tmp_path):
+    text = (
+        SMOKE.read_text()
+        .replace("    where: [ml-100k-small]\n    ensemble", "    ensemble")
+        .replace("teacher of {student}, ranking of a larger SASRec", "Markov")
+    )
+    (tmp_path / "pairs.yaml").write_text(text)
+    table = run_benchmark(tmp_path / "pairs.yaml", only="ring/SASRec + a larger SASRec", seeds=[2020])
+    assert "## ring" not in table
+    run_benchmark(tmp_path / "pairs.yaml", only="ring/Markov")
+    run_benchmark(tmp_path / "pairs.yaml", only="ring/SASRec", seeds=[2020])
+    table = run_benchmark(tmp_path / "pairs.yaml", only="ring/SASRec + a larger SASRec", seeds=[2020])
+    assert "| SASRec + a larger SASRec | control | 1 | 60 |" in table, (
+        "another seed's parts are not taken for this one's"
+    )
+
+
 def test_rows_of_one_table_are_tested_alike(tmp_path):
     text = SMOKE.read_text().replace("settings: {model: Markov}", "settings: {model: Markov, seen_items: mask}")
     (tmp_path / "mixed.yaml").write_text(text)
