@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from recbole.data.dataloader import FullSortEvalDataLoader
 from recbole.data.interaction import Interaction
-from recbole.evaluator import Evaluator
+from recbole.evaluator import Collector, Evaluator
 from torch import Tensor
+from torch.nn import functional
 
 from recbole_llm.hooks import replaced
 from recbole_llm.sequences import pack
@@ -30,6 +31,23 @@ class KeepsRanks(Evaluator):
             hits = dataobject.get("rec.topk")[:, :-1].bool()  # the last column counts the relevant items
             self.ranks = torch.where(hits.any(dim=1), hits.int().argmax(dim=1), -1).tolist()
         return super().evaluate(dataobject)
+
+
+class CollectsHits(Collector):
+    """RecBole's Collector that looks a row's one target up in its best items, instead of in a table of zeros [B, n_items]."""
+
+    def eval_batch_collect(self, scores_tensor, interaction, positive_u, positive_i):
+        """Like RecBole's."""
+        each_one = torch.equal(positive_u.cpu(), torch.arange(len(scores_tensor)))
+        if not each_one or not self.register.need("rec.topk"):
+            return super().eval_batch_collect(scores_tensor, interaction, positive_u, positive_i)
+        best = scores_tensor.topk(max(self.topk), dim=1).indices
+        hits = (best == positive_i.to(best.device)[:, None]).long()
+        # the last column counts the relevant items
+        self.data_struct.update_tensor("rec.topk", functional.pad(hits, (0, 1), value=1))
+        with replaced(self.register, "rec.topk", False):
+            super().eval_batch_collect(scores_tensor, interaction, positive_u, positive_i)
+        return None
 
 
 class TopLists:

@@ -1,4 +1,4 @@
-"""RecBole's layers at the speed of a CPU: the same functions, computed faster while a model is trained.
+"""RecBole's layers at the speed of a CPU: the same functions, computed faster.
 
 torch draws the numbers of a dropout one by one on a CPU, which takes a sixth of an epoch of SASRec on one core and does not get
 faster with more; RecBole composes GELU of five operations. On a GPU neither matters, so nothing is changed there.
@@ -52,7 +52,7 @@ def fast_layers(model: nn.Module) -> Iterator[None]:
     """While this lasts, the model's Dropout and RecBole's GELU on a CPU are computed by faster means.
 
     Args:
-        model: Any model; on another device, and outside of training mode, nothing changes.
+        model: Any model; on another device nothing changes, and its dropouts drop nothing outside of training mode.
     """
     on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
     dropouts = [module for module in model.modules() if on_cpu and type(module) is nn.Dropout]

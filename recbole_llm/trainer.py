@@ -22,7 +22,14 @@ from recbole_llm.artifacts import DamagedArtifact
 from recbole_llm.causality import fault_of_loss, forward_arguments, is_causal, states
 from recbole_llm.checkpoint import config_from_settings, read_checkpoint, write_checkpoint
 from recbole_llm.config import shared
-from recbole_llm.evaluation import KeepsRanks, TopLists, refuse_unmaskable, scored_by_length, seen_items_of
+from recbole_llm.evaluation import (
+    CollectsHits,
+    KeepsRanks,
+    TopLists,
+    refuse_unmaskable,
+    scored_by_length,
+    seen_items_of,
+)
 from recbole_llm.hooks import replaced
 from recbole_llm.identity import log_digest
 from recbole_llm.layers import fast_layers, fuse_optimizer
@@ -76,7 +83,7 @@ class SequenceTrainer(Trainer):
         self._rows_loader = None
         self._writes_every_epoch = False
         self._resumed: tuple[dict[str, Tensor], dict[str, Any]] | None = None
-        self.evaluator = KeepsRanks(config)
+        self.eval_collector, self.evaluator = CollectsHits(config), KeepsRanks(config)
         if config["threads"]:
             torch.set_num_threads(config["threads"])
         self.evaluated_rows: list[int] | None = None
@@ -306,7 +313,8 @@ class SequenceTrainer(Trainer):
         batch, history, users, positives = batched_data
         if self.all_positions:  # only then is it proved that padding means nothing to the model
             columns = self.model.ITEM_SEQ, self.model.ITEM_SEQ_LEN
-            scores = scored_by_length(batch, *columns, lambda piece: rank((piece, history, users, positives))[1])
+            with fast_layers(self.model):
+                scores = scored_by_length(batch, *columns, lambda piece: rank((piece, history, users, positives))[1])
         else:
             batch, scores, users, positives = rank(batched_data)
         if self._rank_last:

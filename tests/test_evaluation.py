@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from recbole.evaluator import Collector
 from recbole.trainer import Trainer
 
 from recbole_llm.config import Config
 from recbole_llm.dataset import create_dataset
-from recbole_llm.evaluation import by_length
+from recbole_llm.evaluation import CollectsHits, by_length
 from recbole_llm.trainer import SequenceTrainer
 from tests.small_logs import random_log, stock, write_log
 
@@ -67,6 +68,34 @@ def test_all_users_of_ml_1m_are_ranked_with_recboles_metrics(shared_data):
     expected = own.evaluate(parts.test, load_best_model=False)
     assert dict(trainer.evaluate(parts.test, load_best_model=False)) == pytest.approx(dict(expected), abs=1e-6)
     assert len(trainer.ranks) == 6040 and expected["recall@10"] > 0
+
+
+@pytest.mark.parametrize(
+    "metrics", [["NDCG"], ["NDCG", "AveragePopularity"], ["AveragePopularity"], ["Recall", "GAUC"]]
+)
+@pytest.mark.parametrize("several", [False, True])
+def test_hits_are_those_of_recboles_table_of_zeros(small, monkeypatch, metrics, several):
+    config = stock(small, "small", "SASRec", create_dataset, metrics=metrics, topk=[3, 5]).config
+    scores = torch.randn(30, 41).masked_fill(torch.arange(41) == 0, float("-inf"))
+    row, target = torch.arange(30), torch.randint(0, 41, (30,))  # 0: a target that cannot be found
+    if several:
+        row, target = torch.cat([row, row]), torch.cat([target, (target + 3) % 41])
+    zeros = []
+    monkeypatch.setattr(torch, "zeros_like", lambda *a, made=torch.zeros_like, **k: zeros.append(1) or made(*a, **k))
+    found = {}
+    for kind in (CollectsHits, Collector):
+        zeros.clear()
+        collector = kind(config)
+        for part in (slice(0, 30), slice(0, 30)):
+            collector.eval_batch_collect(scores[part], None, row, target)
+        found[kind] = collector.data_struct._data_dict
+        if metrics[0] == "NDCG" and not several:
+            assert bool(zeros) is (kind is Collector)
+    ours, expected = found[CollectsHits], found[Collector]
+    assert ours.keys() == expected.keys()
+    assert all(
+        torch.equal(ours[name], expected[name]) and ours[name].dtype == expected[name].dtype for name in expected
+    )
 
 
 def test_pieces_are_of_like_length_and_have_every_row_once(small):
