@@ -41,56 +41,51 @@ def candidate_confidence(score: Tensor, valid: Tensor, temperature: float) -> Te
     return torch.softmax(scaled, dim=1) * valid
 
 
-def consistency(items: Tensor, logits: Tensor) -> Tensor:
-    """1 where a candidate is also in the student's own top K, else 0 (Eq. 8). Returns [R, K], without gradient.
+def own_lists(scores: Tensor, k: int) -> Tensor:
+    """The student's own top K of real items, without gradient [R, K]. Args: scores [R, n_items], row by row up to a shift; K."""
+    return scores.detach()[:, 1:].topk(min(k, scores.shape[1] - 1), dim=1).indices + 1
+
+
+def consistency(items: Tensor, own: Tensor) -> Tensor:
+    """1 where a candidate is also in the student's own top K, else 0 (Eq. 8). Returns [R, K].
 
     Args:
         items: Candidates of the teacher, 0 for none [R, K].
-        logits: Scores of the student over all items [R, n_items]; the padding id never counts.
+        own: Items of the student's own lists, without the padding item [R, K].
     """
-    scores = logits.detach().clone()
-    scores[:, 0] = float("-inf")
-    own = scores.topk(min(items.shape[1], scores.shape[1] - 1), dim=1).indices
-    return (items.unsqueeze(2) == own.unsqueeze(1)).any(dim=2).to(logits.dtype)
+    return (items.unsqueeze(2) == own.unsqueeze(1)).any(dim=2).float()
 
 
-def ranking_loss(logits: Tensor, items: Tensor, weight: Tensor, form: str, negative: Tensor | None = None) -> Tensor:
+def ranking_loss(scores: Tensor, weight: Tensor, total: Tensor | None = None, negative: Tensor | None = None) -> Tensor:
     """Importance-aware ranking distillation (Eq. 5) per labelled row. Returns [R].
 
-    `sigmoid`: -sum_k w_k log sigma(s_k), the paper's, for a BCE base. `softmax`: -sum_k w_k log p_k, for a full-softmax base,
-    whose logits are only known up to a shift, so that log sigma of one logit would mean nothing.
+    -sum_k w_k log sigma(s_k), the paper's, for a BCE base; with `total` -sum_k w_k log p_k, for a full-softmax base, whose logits
+    are only known up to a shift, so that log sigma of one logit would mean nothing.
 
     Args:
-        logits: Scores of the student over all items [R, n_items].
-        items: Candidates of the teacher, 0 for none [R, K].
-        weight: Importance of each candidate [R, K].
-        form: sigmoid | softmax.
-        negative: A negative item per row that is pushed below 1 with every candidate, as the released code does [R].
+        scores: Scores of the student of the teacher's candidates [R, K].
+        weight: Importance of each candidate, 0 where there is none [R, K].
+        total: Logarithm of the sum of exp(score) over all real items [R].
+        negative: Score of a negative item per row, which is pushed below 1 with every candidate, as the released code does [R].
     """
-    weight = weight * (items > 0)
-    scores = logits.gather(1, items)
-    if form == "softmax":
-        terms = scores - logits[:, 1:].logsumexp(dim=1, keepdim=True)
-    else:
-        terms = functional.logsigmoid(scores)
+    terms = functional.logsigmoid(scores) if total is None else scores - total.unsqueeze(1)
     if negative is not None:
-        terms = terms + functional.logsigmoid(1 - logits.gather(1, negative.unsqueeze(1)))
+        terms = terms + functional.logsigmoid(1 - negative).unsqueeze(1)
     return -(weight * terms).sum(dim=1)
 
 
-def kl_loss(logits: Tensor, items: Tensor, score: Tensor, temperature: float) -> Tensor:
+def kl_loss(scores: Tensor, of_teacher: Tensor, valid: Tensor, temperature: float) -> Tensor:
     """KL divergence from the teacher to the student over the teacher's candidates. Returns [R].
 
     Args:
-        logits: Scores of the student over all items [R, n_items].
-        items: Candidates of the teacher, 0 for none [R, K].
-        score: The teacher's scores of them [R, K].
+        scores: Scores of the student of the teacher's candidates [R, K].
+        of_teacher: The teacher's scores of them [R, K].
+        valid: Which candidates exist [R, K].
         temperature: Scale of the teacher's scores.
     """
-    absent = items == 0
-    teacher = torch.log_softmax((score / temperature).masked_fill(absent, -1e9), dim=1)
-    student = torch.log_softmax(logits.gather(1, items).masked_fill(absent, -1e9), dim=1)
-    return (teacher.exp() * (teacher - student)).masked_fill(absent, 0.0).sum(dim=1)
+    teacher = torch.log_softmax((of_teacher / temperature).masked_fill(~valid, -1e9), dim=1)
+    student = torch.log_softmax(scores.masked_fill(~valid, -1e9), dim=1)
+    return (teacher.exp() * (teacher - student)).masked_fill(~valid, 0.0).sum(dim=1)
 
 
 def robust_loss(logits: Tensor, items: Tensor, propensity: Tensor, beta: float) -> Tensor:

@@ -51,45 +51,87 @@ def full_softmax_loss(states: Tensor, table: Tensor, targets: Tensor, rows: int)
         Like `chunked_loss` with a cross entropy, but the gradient is written down instead of recorded: no pass over the scores
         is made for it.
     """
-    return _FullSoftmax.apply(states, table, targets, rows)
+    return _FullSoftmax.apply(states, table, targets, rows, None)[0]
+
+
+Wanted = Callable[[Tensor, slice], tuple[Tensor, Tensor, Tensor]]
+
+
+def soft_target_loss(
+    states: Tensor, table: Tensor, targets: Tensor | None, rows: int, wanted: Wanted
+) -> tuple[Tensor, Tensor]:
+    """`full_softmax_loss`, and beside it a weighted cross entropy of further items, in the same pass over the scores.
+
+    Args:
+        states: Outputs of the network [T, d].
+        table: Item table, row 0 padding [n_items, d].
+        targets: Item ids [T], or None: no loss of targets.
+        rows: States that are scored at a time.
+        wanted: Called with scores [r, n_items], up to a factor and a shift of each row, and which of the T rows they are; gives
+            some of these r rows, ascending [l], and for each the items that are wanted of it and their weights [l, K]. The
+            weights are constants: no gradient goes through them.
+
+    Returns:
+        The loss of the targets, and -sum w log p(item) over all that is wanted, p being over the real items; as numbers. The
+        gradient of their sum comes with the first one.
+    """
+    return _FullSoftmax.apply(states, table, targets, rows, wanted)
 
 
 class _FullSoftmax(torch.autograd.Function):
-    """Value and gradient of the mean cross entropy in one pass over the targets."""
+    """Value and gradient of cross entropies in one pass over the states."""
 
     @staticmethod
-    def forward(ctx, states: Tensor, table: Tensor, targets: Tensor, rows: int) -> Tensor:
-        count, n_items = len(targets), len(table)
-        loss = states.new_zeros((), dtype=torch.float32)
+    def forward(ctx, states: Tensor, table: Tensor, targets: Tensor | None, rows: int, wanted: Wanted | None):
+        count, n_items = len(states), len(table)
+        loss, further = (states.new_zeros((), dtype=torch.float32) for _ in range(2))
         to_states = torch.empty(states.shape, dtype=torch.float32, device=states.device)
         to_table = torch.zeros(table.shape, dtype=torch.float32, device=table.device)
         scores = torch.empty(min(rows, count), n_items, dtype=torch.float32, device=states.device)
         with torch.autocast(states.device.type, enabled=False):
             items = table.detach().float()
             for begin in range(0, count, rows):
-                state, target = states[begin : begin + rows].detach().float(), targets[begin : begin + rows, None]
+                chunk = slice(begin, min(begin + rows, count))
+                state = states[chunk].detach().float()
                 # powers of 2 are about twice as fast as powers of e, and the factor is cheapest on the states
-                score = torch.mm(state * _LOG2_E, items.T, out=scores[: len(target)])
+                score = torch.mm(state * _LOG2_E, items.T, out=scores[: len(state)])
                 score.sub_(score.amax(dim=1, keepdim=True))
-                of_target = score.gather(1, target)
+                target = None if targets is None else targets[chunk, None]
+                of_target = None if target is None else score.gather(1, target)
+                which, also, weight = wanted(score, chunk) if wanted else (None, None, None)
+                of_also = None if which is None else score[which].gather(1, also)
                 total = score.exp2_().sum(dim=1, keepdim=True)
-                loss += (total.log2() - of_target).sum() / _LOG2_E
                 # the probabilities are score / total: the division is cheaper on what is d wide than on what is n_items wide
-                share = 1 / (total * count)
-                torch.mm(score, items, out=to_states[begin : begin + rows])
-                to_states[begin : begin + rows].mul_(share).sub_(items[target[:, 0]], alpha=1 / count)
+                share = 1 / (total * count) if target is not None else torch.zeros_like(total)
+                if which is not None:
+                    padding = score[which, :1]
+                    real, whole = total[which] - padding, weight.sum(dim=1, keepdim=True)
+                    further += (weight * (real.log2() - of_also)).sum() / _LOG2_E
+                    more = share.index_add(0, which, whole / real)
+                    # the padding has a part in the targets' probabilities only
+                    score[:, :1] *= (share / more).nan_to_num(0.0)
+                    share = more
+                to_state = torch.mm(score, items, out=to_states[chunk]).mul_(share)
                 to_table.addmm_(score.T, state * share)
-                to_table.index_add_(0, target[:, 0], state, alpha=-1 / count)
+                if target is not None:
+                    loss += (total.log2() - of_target).sum() / _LOG2_E
+                    to_state.sub_(items[target[:, 0]], alpha=1 / count)
+                    to_table.index_add_(0, target[:, 0], state, alpha=-1 / count)
+                if which is not None:
+                    to_state.index_add_(0, which, torch.einsum("lk,lkd->ld", weight, items[also]), alpha=-1)
+                    back = weight.unsqueeze(2) * state[which].unsqueeze(1)
+                    to_table.index_add_(0, also.flatten(), back.flatten(0, 1), alpha=-1)
         ctx.save_for_backward(to_states, to_table)
         ctx.types = states.dtype, table.dtype
-        return loss / count
+        ctx.mark_non_differentiable(further)
+        return loss / count, further
 
     @staticmethod
-    def backward(ctx, gradient: Tensor):
+    def backward(ctx, gradient: Tensor, *_):
         to_states, to_table = ctx.saved_tensors
         of_states, of_table = ctx.types
         # a loss scaler's factor comes before the narrow type, so that small gradients are not lost
-        return (to_states * gradient).to(of_states), (to_table * gradient).to(of_table), None, None
+        return (to_states * gradient).to(of_states), (to_table * gradient).to(of_table), None, None, None
 
 
 Terms = Callable[[Tensor, slice], tuple[Tensor, ...]]
@@ -139,7 +181,12 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor, *_):
-        return _FullSoftmax.backward(ctx, gradient)
+        return _FullSoftmax.backward(ctx, gradient)[:4]
+
+
+def scores_of(states: Tensor, table: Tensor, items: Tensor) -> Tensor:
+    """Scores of a few items of each state, in float32 [T, K]. Args: states [T, d]; table [n_items, d]; items [T, K]."""
+    return torch.einsum("td,tkd->tk", states.float(), functional.embedding(items, table).float())
 
 
 def sampled_scores(states: Tensor, table: Tensor, targets: Tensor, negatives: Tensor) -> tuple[Tensor, Tensor, Tensor]:

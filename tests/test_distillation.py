@@ -11,6 +11,7 @@ from recbole_llm.distillation import (
     candidate_confidence,
     consistency,
     kl_loss,
+    own_lists,
     position_weight,
     principal_components,
     propensity_scores,
@@ -58,16 +59,29 @@ def test_candidate_confidence_is_the_released_softmax_over_existing_candidates()
 def test_consistency_marks_the_students_own_top_k_without_gradient():
     logits = torch.tensor([[99.0, 5.0, 4.0, 3.0, 2.0, 1.0], [99.0, 1.0, 2.0, 3.0, 4.0, 5.0]], requires_grad=True)
     items = torch.tensor([[1, 4, 0], [5, 3, 1]])
-    marks = consistency(items, logits)
+    marks = consistency(items, own_lists(logits, 3))
     assert marks.tolist() == [[1, 0, 0], [1, 1, 0]]
     assert not marks.requires_grad
-    assert consistency(torch.arange(1, 6).repeat(2, 2), logits).tolist() == [[1] * 10] * 2, "K beyond the catalogue"
+    own = own_lists(logits, 10)
+    assert consistency(torch.arange(1, 6).repeat(2, 2), own).tolist() == [[1] * 10] * 2, "K beyond the catalogue"
+
+
+def ranking(logits, items, weight, form, negative=None):
+    """`ranking_loss` of scores over all items; where there is no candidate, the weight is 0."""
+    total = logits[:, 1:].logsumexp(dim=1) if form == "softmax" else None
+    of_negative = None if negative is None else logits.gather(1, negative.unsqueeze(1)).squeeze(1)
+    return ranking_loss(logits.gather(1, items), weight * (items > 0), total, of_negative)
+
+
+def divergence(logits, items, of_teacher, temperature):
+    """`kl_loss` of scores over all items."""
+    return kl_loss(logits.gather(1, items), of_teacher, items > 0, temperature)
 
 
 def test_sigmoid_ranking_loss_has_the_gradient_of_equation_9():
     logits = torch.tensor([[0.0, 2.0, -1.0, 0.5, 3.0]], requires_grad=True)
     items, weight = torch.tensor([[1, 3, 0]]), torch.tensor([[0.6, 0.3, 0.1]])
-    loss = ranking_loss(logits, items, weight, "sigmoid")
+    loss = ranking(logits, items, weight, "sigmoid")
     expected = -0.6 * math.log(1 / (1 + math.exp(-2))) - 0.3 * math.log(1 / (1 + math.exp(-0.5)))
     assert loss.tolist() == pytest.approx([expected])
     loss.sum().backward()
@@ -78,7 +92,7 @@ def test_sigmoid_ranking_loss_has_the_gradient_of_equation_9():
 def test_softmax_ranking_loss_pulls_towards_the_weights():
     logits = torch.tensor([[7.0, 2.0, -1.0, 0.5, 3.0]], requires_grad=True)
     items, weight = torch.tensor([[1, 3]]), torch.tensor([[0.6, 0.4]])
-    loss = ranking_loss(logits, items, weight, "softmax")
+    loss = ranking(logits, items, weight, "softmax")
     p = torch.softmax(logits.detach()[0, 1:], dim=0).tolist()
     assert loss.tolist() == pytest.approx([-0.6 * math.log(p[0]) - 0.4 * math.log(p[2])])
     loss.sum().backward()
@@ -92,15 +106,15 @@ def test_only_the_softmax_form_is_shift_invariant(shift, seed):
     items = torch.tensor([[1, 2], [3, 4], [8, 0]])
     weight = torch.tensor([[0.7, 0.3]]).expand(3, 2)
     for form, same in (("softmax", True), ("sigmoid", False)):
-        before, after = ranking_loss(logits, items, weight, form), ranking_loss(logits + shift, items, weight, form)
+        before, after = ranking(logits, items, weight, form), ranking(logits + shift, items, weight, form)
         assert torch.allclose(before, after, rtol=1e-4, atol=1e-4) is same
 
 
 def test_the_released_negative_is_pushed_below_one_with_every_candidate():
     logits = torch.tensor([[0.0, 2.0, -1.0, 1.0]], requires_grad=True)
     items, weight = torch.tensor([[1, 2, 0]]), torch.tensor([[0.5, 0.25, 0.25]])
-    plain = ranking_loss(logits, items, weight, "sigmoid")
-    shared = ranking_loss(logits, items, weight, "sigmoid", torch.tensor([3]))
+    plain = ranking(logits, items, weight, "sigmoid")
+    shared = ranking(logits, items, weight, "sigmoid", torch.tensor([3]))
     # -log sigma(1 - 1) = log 2, once for either candidate, none for the missing one
     assert (shared - plain).tolist() == pytest.approx([0.75 * math.log(2)])
     (shared - plain).sum().backward()
@@ -111,10 +125,10 @@ def test_missing_candidates_weigh_nothing():
     logits = torch.randn(2, 6, generator=torch.Generator().manual_seed(0))
     items, weight = torch.tensor([[3, 0, 0], [0, 0, 0]]), torch.ones(2, 3)
     for form in ("sigmoid", "softmax"):
-        loss = ranking_loss(logits, items, weight, form)
-        alone = ranking_loss(logits[:1], items[:1, :1], weight[:1, :1], form)
+        loss = ranking(logits, items, weight, form)
+        alone = ranking(logits[:1], items[:1, :1], weight[:1, :1], form)
         assert loss.tolist() == pytest.approx([alone.item(), 0])
-    assert kl_loss(logits, items, -torch.ones(2, 3), 1.0).tolist() == pytest.approx([0, 0], abs=1e-6)
+    assert divergence(logits, items, -torch.ones(2, 3), 1.0).tolist() == pytest.approx([0, 0], abs=1e-6)
 
 
 def test_kl_over_the_teachers_candidates():
@@ -123,8 +137,8 @@ def test_kl_over_the_teachers_candidates():
     score = -torch.tensor([[0.0, math.log(3), -9.0]]).expand(2, 3)
     # the teacher says 3/4 and 1/4, the students a half each and the same
     expected = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
-    assert kl_loss(logits, items, score, 1.0).tolist() == pytest.approx([expected, 0], abs=1e-6)
-    half = kl_loss(logits, items, 2 * score, 2.0)
+    assert divergence(logits, items, score, 1.0).tolist() == pytest.approx([expected, 0], abs=1e-6)
+    half = divergence(logits, items, 2 * score, 2.0)
     assert half.tolist() == pytest.approx([expected, 0], abs=1e-6)
 
 

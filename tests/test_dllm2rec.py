@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from recbole_llm.artifacts import tensors_digest, write_json, write_tensors
 from recbole_llm.attached import attach
-from recbole_llm.distillation import position_weight, principal_components
+from recbole_llm.distillation import own_lists, position_weight, principal_components
 from recbole_llm.knowledge import Knowledge
 from recbole_llm.losses import RECORDED
 from recbole_llm.model import dllm2rec
@@ -515,20 +515,25 @@ def test_rows_that_the_teacher_was_tuned_on_get_no_ranking_term(noise, tmp_path)
     )
 
 
-def test_a_distilled_batch_is_scored_in_chunks(noise, tmp_path, monkeypatch):
+@pytest.mark.parametrize("loss, tables, robust", [("soft_target_loss", 2, 0.0), ("chunked_loss", RECORDED, 0.1)])
+def test_a_distilled_batch_is_scored_in_chunks(noise, tmp_path, monkeypatch, loss, tables, robust):
     knowledge = ask(prepared(noise, **NOISE), tmp_path / "kn")
-    trainer = distilled(noise, knowledge, **NOISE, **RANKING_ALONE, **STILL, loss_memory=0.02).trainer
+    chosen = {**NOISE, **RANKING_ALONE, **STILL, "distill_ranking": "softmax", "distill_robust": robust}
+    trainer = distilled(noise, knowledge, **chosen, loss_memory=0.01).trainer
     batch, scored = next(iter(trainer.loader)), []
-    whole = dllm2rec.chunked_loss
+    whole = getattr(dllm2rec, loss)
 
-    def spied(hidden, table, terms, rows):
-        return whole(hidden, table, lambda scores, chunk: scored.append(scores.shape) or terms(scores, chunk), rows)
+    def spied(*given):
+        """The scores come to the one function among what is given."""
+        (terms,) = filter(callable, given)
+        watched = lambda scores, chunk: scored.append(scores.shape) or terms(scores, chunk)  # noqa: E731
+        return whole(*(watched if each is terms else each for each in given))
 
-    monkeypatch.setattr(dllm2rec, "chunked_loss", spied)
+    monkeypatch.setattr(dllm2rec, loss, spied)
     trainer.batch_loss(batch)
     assert sum(rows for rows, _ in scored) == int((batch["target_list"] > 0).sum())
     most = max(rows * n_items for rows, n_items in scored)
-    assert len(scored) > 5 and 4 * most * RECORDED <= 0.02 * 2**20
+    assert len(scored) > 5 and 4 * most * tables <= 0.01 * 2**20
 
 
 def test_drawn_negatives_replace_the_full_softmax_of_the_base_loss(noise, tmp_path):
@@ -695,7 +700,8 @@ def test_short_lists_of_the_teacher_carry_no_weight_where_they_end(noise, tmp_pa
     assert math.isfinite(losses(parts))
     trainer, attached = parts.trainer, parts.trainer.attached
     logits = torch.randn(len(items), 25, generator=torch.Generator().manual_seed(0))
-    weight = trainer._weights(logits, attached.items, attached.score, trainer.row_confidence)
+    own = own_lists(logits, attached.items.shape[1])
+    weight = trainer._weights(attached.items, attached.score, trainer.row_confidence, own)
     assert bool((weight[attached.items == 0] == 0).all()) and bool((weight[attached.items > 0] > 0).all())
     if mode == "code":
         whole = torch.ones(len(items)).index_fill(0, torch.arange(0, len(items), 4), 0.0)

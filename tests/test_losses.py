@@ -40,6 +40,34 @@ def test_chunks_give_the_loss_and_gradients_of_the_whole(rows, scale):
         assert torch.allclose(one.double(), other, rtol=1e-4, atol=1e-6)
 
 
+@given(some.integers(1, 40), some.sampled_from([0.01, 1.0, 30.0]), some.booleans(), some.sampled_from([0.0, 0.4, 1.0]))
+def test_wanted_items_are_a_weighted_cross_entropy_over_real_items(rows, scale, with_targets, share):
+    states, table, target = made_up(scale=scale)
+    table.data[0] = 0.3  # a padding row that has scores of its own
+    generator = torch.Generator().manual_seed(rows)
+    labelled = torch.rand(len(states), generator=generator) < share
+    items = torch.randint(1, len(table), (len(states), 3), generator=generator)
+    weight = torch.rand(len(states), 3, generator=generator).double()
+
+    def wanted(scores, chunk):
+        assert torch.equal(
+            scores.argsort(stable=True)[:, -1], (states @ table.T)[chunk].float().argsort(stable=True)[:, -1]
+        )
+        which = labelled[chunk].nonzero().squeeze(1)
+        return which, items[chunk][which], weight[chunk][which].float()
+
+    base, further = losses.soft_target_loss(states, table, target if with_targets else None, rows, wanted)
+    scores = states @ table.T
+    log_p = scores.gather(1, items) - scores[:, 1:].logsumexp(dim=1, keepdim=True)
+    expected = -(weight * log_p)[labelled].sum()
+    own = plain(states, table, target) if with_targets else expected.new_zeros(())
+    assert base.item() == pytest.approx(own.item(), rel=1e-4, abs=1e-6)
+    assert further.item() == pytest.approx(expected.item(), rel=1e-4, abs=1e-5)
+    ours, theirs = (torch.autograd.grad(loss, (states, table)) for loss in (3 * base, 3 * (own + expected)))
+    for one, other in zip(ours, theirs, strict=True):
+        assert torch.allclose(one, other, rtol=1e-4, atol=2e-5 * max(1.0, scale))
+
+
 def test_a_hopeless_target_has_a_finite_loss():
     """The target's probability is 0 in float32, its logarithm is not."""
     states = torch.tensor([[200.0]], requires_grad=True)
@@ -60,6 +88,11 @@ def test_scores_of_all_targets_never_exist():
     assert whole == 640 * 500
     assert largest(lambda: losses.full_softmax_loss(states, table, target, 10)) == 10 * 500
     assert largest(lambda: sum(losses.chunked_loss(states, table, terms, 10))) <= 10 * 500
+
+    def wanted(scores, chunk):
+        return torch.arange(len(scores)), chosen[chunk], torch.ones(len(scores), 1)
+
+    assert largest(lambda: losses.soft_target_loss(states, table, target, 10, wanted)[0]) == 10 * 500
 
 
 def test_memory_of_many_terms_stays_within_what_is_said():

@@ -10,6 +10,7 @@ own combination: item vectors reach the *scores* through the tied table, and the
 """
 
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from recbole_llm.distillation import (
     candidate_confidence,
     consistency,
     kl_loss,
+    own_lists,
     position_weight,
     principal_components,
     propensity_scores,
@@ -33,7 +35,7 @@ from recbole_llm.distillation import (
     truth_confidence,
 )
 from recbole_llm.knowledge import ensure
-from recbole_llm.losses import RECORDED, chunked_loss, rows_at_a_time
+from recbole_llm.losses import RECORDED, chunked_loss, rows_at_a_time, scores_of, soft_target_loss
 from recbole_llm.sequences import Log
 from recbole_llm.tables import TaughtTable, UntiedTable
 from recbole_llm.trainer import SequenceTrainer
@@ -284,10 +286,65 @@ class DLLM2RecTrainer(SequenceTrainer):
         table = self.network.item_embedding.weight
         index = self.attached.index[row] if settings.uses_rows else None
         negative = self._negatives(self._seen(batch), target) if settings.base == "bce" else None
+        if settings.robust:
+            return self._losses_of_all_scores(hidden, table, target, index, negative)
+        if index is None:
+            return self._base_loss(hidden, table, target, negative)
+        if settings.ranking != "softmax":
+            base = self._base_loss(hidden, table, target, negative)
+            return base, self._loss_of_candidates(hidden, table, index, negative)
+        rows = rows_at_a_time(self.item_loss.memory, len(table) * 2, self.device)  # scores, and those of labelled rows
+        together = negative is None and self.item_loss.over == "all"  # one pass over the scores for both terms
+        wanted = partial(self._wanted, index, 1 / max(1, int((index >= 0).sum())))
+        base, ranking = soft_target_loss(hidden, table, target if together else None, rows, wanted)
+        return base if together else base + self._base_loss(hidden, table, target, negative), ranking
+
+    def _base_loss(self, hidden, table, target, negative):
+        """The recommendation loss: over the catalogue, or of each target and one negative."""
+        if negative is None:
+            return self.item_loss(hidden, table, target)
+        pair = scores_of(hidden, table, torch.stack([target, negative], dim=1))
+        return functional.binary_cross_entropy_with_logits(pair, pair.new_tensor([1.0, 0.0]).expand_as(pair))
+
+    def _wanted(self, index, share, scores, chunk):
+        """Labelled rows among some targets, their candidates, and the weights of these in the loss (`soft_target_loss`)."""
+        has, items, of_teacher, confidence = self._labels(index[chunk])
+        own = self._own_lists(scores if len(has) == len(scores) else scores[has])
+        return has, items, self.settings.weight * share * self._weights(items, of_teacher, confidence, own)
+
+    def _loss_of_candidates(self, hidden, table, index, negative):
+        """The ranking term in the forms that look at the candidates' scores only."""
+        settings = self.settings
+        has, items, of_teacher, confidence = self._labels(index)
+        states = hidden[has].float()
+        if not len(has):
+            return states.sum()
+        scores = scores_of(states, table, items)
+        if settings.ranking == "kl":
+            return settings.weight * kl_loss(scores, of_teacher, items > 0, self.temperature).mean()
+        own = None
+        if settings.consistency_weight:
+            parts = states.detach().split(rows_at_a_time(self.item_loss.memory, len(table), self.device))
+            own = torch.cat([self._own_lists(part @ table.detach().float().T) for part in parts])
+        weight = self._weights(items, of_teacher, confidence, own)
+        pushed = scores_of(states, table, negative[has, None])[:, 0] if settings.negative else None
+        return settings.weight * ranking_loss(scores, weight, negative=pushed).mean()
+
+    def _labels(self, index):
+        """Which of some targets are labelled [l], and what the teacher said: candidates and scores [l, K], confidence [l]."""
+        has = (index >= 0).nonzero().squeeze(1)
+        index = index[has]
+        return has, self.attached.items[index], self.attached.score[index], self.row_confidence[index]
+
+    def _own_lists(self, scores):
+        """The student's own top K for the consistency weight, if that counts."""
+        return own_lists(scores, self.attached.items.shape[1]) if self.settings.consistency_weight else None
+
+    def _losses_of_all_scores(self, hidden, table, target, index, negative):
+        """Losses with the robust term, in which every score has a part of its own."""
+        settings = self.settings
         # a base loss over all items shares its scores with the other terms; one over drawn items has its own
         apart = settings.base == "softmax" and self.item_loss.over != "all"
-        if index is None and negative is None and not settings.robust:
-            return self.item_loss(hidden, table, target)
         labelled = 0 if index is None else int((index >= 0).sum())
 
         def terms(scores, chunk):
@@ -312,17 +369,15 @@ class DLLM2RecTrainer(SequenceTrainer):
         return (items.unsqueeze(1) * upto)[batch["target_list"] > 0]
 
     def _base_terms(self, scores, target, negative, apart):
-        """Sum over some targets of what the base loss makes of scores over all items; 0 if all of it is computed apart."""
-        total = scores.sum() * 0.0
+        """Sum over some targets of the robust term, and of what the base loss makes of scores over all items."""
+        settings = self.settings
+        total = settings.robust * robust_loss(scores, target[:, None], self.propensity, settings.robust_beta).sum()
         if negative is not None:
-            pair = torch.stack([scores.gather(1, target.unsqueeze(1)), scores.gather(1, negative.unsqueeze(1))])
-            wanted = torch.stack([torch.ones_like(pair[0]), torch.zeros_like(pair[1])])
+            pair = scores.gather(1, torch.stack([target, negative], dim=1))
+            wanted = pair.new_tensor([1.0, 0.0]).expand_as(pair)
             total = total + functional.binary_cross_entropy_with_logits(pair, wanted, reduction="sum") / 2
         elif not apart:
             total = total + functional.cross_entropy(scores, target, reduction="sum")
-        if self.settings.robust:
-            robust = robust_loss(scores, target.unsqueeze(1), self.propensity, self.settings.robust_beta)
-            total = total + self.settings.robust * robust.sum()
         return total
 
     def _negatives(self, seen, target):
@@ -346,33 +401,30 @@ class DLLM2RecTrainer(SequenceTrainer):
         return drawn
 
     def _ranking(self, logits, index, negative):
-        """The ranking term, summed over the labelled rows among some targets; 0 if there is none."""
-        settings, attached = self.settings, self.attached
-        has = index >= 0
-        if not has.any():
+        """The ranking term with the robust one, summed over the labelled rows among some targets; 0 if there is none."""
+        settings = self.settings
+        has, items, of_teacher, confidence = self._labels(index)
+        if not len(has):
             return logits.sum() * 0.0
-        logits, index = logits[has], index[has]
-        items, score = attached.items[index], attached.score[index]
+        logits = logits[has]
+        scores = logits.gather(1, items)
         if settings.ranking == "kl":
-            return kl_loss(logits, items, score, self.temperature).sum()
-        weight = self._weights(logits, items, score, self.row_confidence[index])
-        shared = negative[has] if settings.negative else None
-        loss = ranking_loss(logits, items, weight, settings.ranking, shared)
-        if settings.robust:
-            loss = loss + settings.robust * (
-                weight * robust_loss(logits, items, self.propensity, settings.robust_beta)
-            ).sum(dim=1)
-        return loss.sum()
+            return kl_loss(scores, of_teacher, items > 0, self.temperature).sum()
+        weight = self._weights(items, of_teacher, confidence, self._own_lists(logits))
+        total = logits[:, 1:].logsumexp(dim=1) if settings.ranking == "softmax" else None
+        pushed = logits.gather(1, negative[has, None])[:, 0] if settings.negative else None
+        robust = robust_loss(logits, items, self.propensity, settings.robust_beta)
+        return (ranking_loss(scores, weight, total, pushed) + settings.robust * (weight * robust).sum(dim=1)).sum()
 
-    def _weights(self, logits, items, score, row_confidence):
+    def _weights(self, items, of_teacher, row_confidence, own):
         """gamma_p w^p + gamma_c w^c + gamma_o w^o [R, K], with the normalisation of the mode (Eqs. 6-8 and 10)."""
         settings, valid = self.settings, items > 0
         if settings.confidence == "candidate":
-            confidence = candidate_confidence(score, valid, self.temperature)
+            confidence = candidate_confidence(of_teacher, valid, self.temperature)
         else:
             confidence = (row_confidence / items.shape[1]).unsqueeze(1)
         weight = settings.position_weight * self.places + settings.confidence_weight * confidence
-        if settings.consistency_weight:
-            weight = weight + settings.consistency_weight * consistency(items, logits)
+        if own is not None:
+            weight = weight + settings.consistency_weight * consistency(items, own)
         weight = weight * valid
         return weight / weight.sum(dim=1, keepdim=True).clamp_min(1e-12) if settings.normalize else weight
