@@ -135,7 +135,7 @@ def test_lsc4rec_has_its_account_and_no_times_among_its_metrics(ring, tiny_lm, t
         (["--only=ring/SASRek*"], "only=ring/SASRek*, seeds=[]: no run of smoke is so called; there is ring/Popularity [2020]"),
         (["--seeds=1"], "only=*, seeds=[1]: no run of smoke is so called"),
         (["--seeds=one"], "seeds=one: no list of whole numbers"),
-        (["--seed=1"], "seed: is varied by the benchmark; there is seeds, and --seeds"),
+        (["--seed=1"], "seed=1: is varied by the benchmark; there is seeds, and --seeds"),
         (["--lerning_rate=1"], "lerning_rate=1 (did you mean 'learning_rate'?)"),
     ],
 )  # fmt: skip
