@@ -96,10 +96,11 @@ def single(names: argparse.Namespace, settings: list[str]) -> int:
 
 
 def benchmark(names: argparse.Namespace, settings: list[str]) -> int:
-    """Run, estimate or verify a benchmark; 1 where what comes out is not what is committed."""
+    """Run, estimate or verify a benchmark; 1 where a run fails, or what comes out is not what is committed."""
     sys.argv = sys.argv[:1]  # settings go to every run of the benchmark, which reads no command line
     from recbole_llm.benchmark import Benchmark
     from recbole_llm.results import estimate_benchmark, run_benchmark, verify
+    from recbole_llm.runner import RunsFailed
 
     file, only, seeds = names.benchmark, "*" if names.only is None else names.only, seeds_of(names.seeds)
     overrides = overrides_of(settings)
@@ -115,7 +116,11 @@ def benchmark(names: argparse.Namespace, settings: list[str]) -> int:
             "long it takes, or --here to run it anyway."
         )
     if not names.verify:
-        print(run_benchmark(file, overrides, only, seeds))
+        try:
+            print(run_benchmark(file, overrides, only, seeds))
+        except RunsFailed as error:  # each has its traceback in the log
+            print(f"\n{error}", file=sys.stderr)
+            return 1
         return 0
     if differ := verify(file, overrides):
         print(f"{file}: {len(differ)} cells differ from what is committed:", *differ, sep="\n  ", file=sys.stderr)

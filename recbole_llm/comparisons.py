@@ -1,10 +1,13 @@
 """Is one model better than another? Paired over users, corrected for how often that was asked.
 
 Wilcoxon's signed ranks say whether there is a difference, a bootstrap over users how large it is, Holm's correction what is left of
-it among several questions.
+it among several questions. Signed ranks compare what is distributed alike but for a shift: a mean of three runs has other values per
+user than one run (1/3 where that has 0 or 1), and against it they would find a difference between a model and itself. So ranks
+are taken of means over equally many runs, or of single runs.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +30,7 @@ class Comparison:
         high: Its upper end.
         p: Of Wilcoxon's signed-rank test over users, corrected by Holm among the comparisons of its table.
         users: How many users there are.
+        missing: Runs of the two that are still to be made.
     """
 
     name: str
@@ -36,13 +40,14 @@ class Comparison:
     high: float
     p: float
     users: int
+    missing: int = 0
 
     @property
     def verdict(self) -> str:
-        """`gain` or `loss` where interval and test agree, else that none is shown."""
-        if self.p < ALPHA and self.low > 0:
-            return "gain"
-        return "loss" if self.p < ALPHA and self.high < 0 else "none shown"
+        """`gain` or `loss` where interval and test agree, else that none is shown; `so far` while runs are missing."""
+        shown = {"gain": self.low > 0, "loss": self.high < 0}
+        found = next((word for word, is_so in shown.items() if is_so and self.p < ALPHA), "none shown")
+        return f"{found} so far" if self.missing and found != "none shown" else found
 
 
 def per_user(values: np.ndarray, users: np.ndarray) -> np.ndarray:
@@ -53,24 +58,62 @@ def per_user(values: np.ndarray, users: np.ndarray) -> np.ndarray:
     return np.bincount(np.unique(users, return_inverse=True)[1], weights=values)
 
 
-def compare(questions: Sequence[tuple[str, str, np.ndarray, np.ndarray]]) -> list[Comparison]:
-    """Answers to all questions of a table.
+@dataclass(frozen=True)
+class Question:
+    """What is asked of two models.
 
     Args:
-        questions: (model, other model, metric of each user under the one [U], under the other [U]).
+        name: The model.
+        against: The other one.
+        ours: Seed -> metric of each user under the model [U].
+        theirs: Seed -> metric of each user under the other one [U].
+        missing: Runs of the two that are still to be made.
     """
-    raw = [signed_ranks(ours - theirs) for _, _, ours, theirs in questions]
+
+    name: str
+    against: str
+    ours: Mapping[int, np.ndarray]
+    theirs: Mapping[int, np.ndarray]
+    missing: int = 0
+
+
+def compare(questions: Sequence[Question]) -> list[Comparison]:
+    """Answers to all questions of a table."""
+    means = [[np.mean(list(runs.values()), axis=0) for runs in (each.ours, each.theirs)] for each in questions]
+    raw = [
+        ranked(each.ours, each.theirs, bool(ours.mean() > theirs.mean()))
+        for each, (ours, theirs) in zip(questions, means, strict=True)
+    ]
     return [
-        Comparison(name, against, *paired_gain(ours, theirs), p, len(ours))
-        for (name, against, ours, theirs), p in zip(questions, holm(raw), strict=True)
+        Comparison(each.name, each.against, *paired_gain(*pair), p, len(pair[0]), each.missing)
+        for each, pair, p in zip(questions, means, holm(raw), strict=True)
     ]
 
 
-def signed_ranks(differences: np.ndarray) -> float:
-    """P of Wilcoxon's signed-rank test, users without a difference left out; 1 where nobody has one. Args: differences [U]."""
+def ranked(ours: Mapping[int, np.ndarray], theirs: Mapping[int, np.ndarray], better: bool) -> float:
+    """P of signed ranks of means over seeds where both have equally many, else the largest p of any pair of runs.
+
+    Args:
+        ours: Seed -> metric of each user under the one model [U].
+        theirs: The other's.
+        better: Which way the means differ.
+    """
+    if len(ours) == len(theirs):
+        return signed_ranks(np.mean([*ours.values()], axis=0) - np.mean([*theirs.values()], axis=0), better)
+    return max(signed_ranks(one - other, better) for one, other in itertools.product(ours.values(), theirs.values()))
+
+
+def signed_ranks(differences: np.ndarray, better: bool) -> float:
+    """P of Wilcoxon's signed-rank test, two-sided, users without a difference left out.
+
+    Args:
+        differences: Of each user [U].
+        better: Which way the means differ; ranks that point the other way show nothing, and have 1, as differences of 0 have.
+    """
     if not np.any(differences):
         return 1.0
-    return float(wilcoxon(differences, method="approx").pvalue)
+    one_side = wilcoxon(differences, method="approx", alternative="greater" if better else "less").pvalue
+    return min(1.0, 2 * float(one_side))
 
 
 def holm(p: Sequence[float]) -> list[float]:

@@ -240,11 +240,12 @@ def single(config: Config, data: Data, name: str) -> report.Line:
     folder = run_folder(config)
     if config["resume"] and (line := finished(folder, config["keep_lists"])):
         return line
+    known = finished(folder) if config["resume"] else None  # whose lists are not there, or too short
     with Peak() as peak:
         trainer, seconds = trained(config, data, name, folder)
         line, lists = evaluated(trainer, data.test, name, True, config["keep_lists"])
-    line.seconds["train"] = seconds
-    line.notes["peak_mb"] = peak.megabytes
+    line.seconds["train"] = known.seconds.get("train") if known else seconds
+    line.notes["peak_mb"] = known.notes.get("peak_mb") if known else peak.megabytes
     line.valid = {key: float(value) for key, value in (trainer.best_valid_result or {}).items()}
     write_json(folder / "config.json", settings_of(config))
     keep(line, lists, folder)
@@ -259,7 +260,7 @@ def keep(line: report.Line, lists: TopLists | None, folder: Path) -> None:
 
 
 def trained(config: Config, data: Data, name: str, folder: Path, stages: Path | None = None) -> tuple[Any, float]:
-    """A trainer whose model is trained now, or from where it was stopped; and how many seconds that took.
+    """A trainer whose model is trained now, or from where it was stopped; and how many seconds that took in all processes.
 
     Args:
         config: The model's.
@@ -275,9 +276,8 @@ def trained(config: Config, data: Data, name: str, folder: Path, stages: Path | 
     trainer = trainer_class(config)(config, model)
     trainer.keep_in(folder, config["resume"], stages)
     logging.getLogger().info(f"{name}: training begins, {sum(p.numel() for p in model.parameters()):,} parameters.")
-    began = perf_counter()
     trainer.fit(data.train, data.valid, show_progress=config["show_progress"])
-    return trainer, perf_counter() - began
+    return trainer, trainer.seconds
 
 
 def collaboration(config: Config, data: Data) -> tuple[list[report.Line], str]:

@@ -7,6 +7,7 @@ import os
 import platform
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from recbole_llm.artifacts import read_json, write_json, write_text
 from recbole_llm.benchmark import Benchmark
 from recbole_llm.charts import draw_table
-from recbole_llm.runner import Runner, Table
+from recbole_llm.runner import Runner, RunsFailed, Table
 from recbole_llm.standings import markdown, standing
 
 RESULTS = "results"
@@ -39,10 +40,18 @@ def run_benchmark(
 
     Raises:
         ValueError: The file or a setting is wrong.
+        RunsFailed: Some runs ended in an error; all others were run, and results/NAME is written.
     """
     benchmark = Benchmark.load(file, overrides)
-    tables = Runner(benchmark, results, only, tuple(seeds)).run()
-    return publish(benchmark, tables, Path(results) / benchmark.name, f"python run_recbole_llm.py --benchmark={file}")
+    folder, command = Path(results) / benchmark.name, f"python run_recbole_llm.py --benchmark={file}"
+    tables = Runner(benchmark, results, only, tuple(seeds)).run(partial(publish, benchmark, folder, command))
+    if failed := [
+        f"  {each.dataset}/{name}, seed {seed}: {said}" for each in tables for name, seed, said in each.failed
+    ]:
+        raise RunsFailed(
+            "\n".join([f"benchmark={file}: {len(failed)} runs failed; the others are in {folder}/.", *failed])
+        )
+    return publish(benchmark, folder, command, tables)
 
 
 def estimate_benchmark(
@@ -52,7 +61,7 @@ def estimate_benchmark(
     return Runner(Benchmark.load(file, overrides), only=only, seeds=tuple(seeds)).estimate()
 
 
-def publish(benchmark: Benchmark, tables: Sequence[Table], folder: Path, command: str) -> str:
+def publish(benchmark: Benchmark, folder: Path, command: str, tables: Sequence[Table]) -> str:
     """Write all numbers, the Markdown and the pictures of a benchmark; returns the Markdown."""
     standings = {table.dataset: standing(table) for table in tables}
     text = markdown(benchmark, standings, machine(), command)
@@ -103,34 +112,41 @@ def differences(committed: Mapping[str, Any], now: Mapping[str, Any], tolerance:
     Args:
         committed: Data set -> `standing`.
         now: Another one.
-        tolerance: Data set -> how far two values may be apart.
+        tolerance: Data set -> how far two means over all test rows may be apart; over a part of them as much further as it is smaller.
     """
     found = []
     for dataset in dict.fromkeys([*committed, *now]):
-        old, new = (dict(cells(each.get(dataset, {}))) for each in (committed, now))
-        for cell in dict.fromkeys([*old, *new]):
-            values = old.get(cell), new.get(cell)
-            if None in values:
-                found.append(f"{dataset}: {cell}: {_value(values[0])} committed, {_value(values[1])} now")
-            elif not abs(values[0] - values[1]) <= tolerance.get(dataset, 0.0) + 1e-9:
-                found.append(
-                    f"{dataset}: {cell}: {values[0]:.6f} committed, {values[1]:.6f} now, tolerance {tolerance.get(dataset, 0.0):g}"
-                )
+        old, new = ({name: cell for name, *cell in cells(each.get(dataset, {}))} for each in (committed, now))
+        for name in dict.fromkeys([*old, *new]):
+            (was, share), (is_now, _) = old.get(name, (None, 1.0)), new.get(name, (None, 1.0))
+            if was is None or is_now is None:
+                found.append(f"{dataset}: {name}: {_value(was)} committed, {_value(is_now)} now")
+            elif not abs(was - is_now) <= (allowed := tolerance.get(dataset, 0.0) / share) + 1e-9:
+                found.append(f"{dataset}: {name}: {was:.6f} committed, {is_now:.6f} now, tolerance {allowed:g}")
     return found
 
 
-def cells(standing: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """Every quality number of a data set, named; never a time or a size."""
-    for name, row in standing.get("rows", {}).items():
+def cells(standing: Mapping[str, Any]) -> Iterator[tuple[str, float, float]]:
+    """Every quality number of a data set: its name, its value, and the share of the test rows it is of; never a time or a size."""
+    rows = standing.get("rows", {})
+    for name, row in rows.items():
         for seed, run in row["runs"].items():
             for kind in ("metrics", "valid"):
-                yield from ((f"{name}, seed {seed}, {kind} {metric}", value) for metric, value in run[kind].items())
+                yield from (
+                    (f"{name}, seed {seed}, {kind} {metric}", value, 1.0) for metric, value in run[kind].items()
+                )
+    for each in standing.get("comparisons", []):
+        runs = rows[each["against"]]["runs"].values()
+        base = sum(run["metrics"][standing["metric"]] for run in runs) / len(runs)
+        if base:  # as a difference of two means, either of which may be off by the tolerance
+            yield f"{each['name']} against {each['against']}", each["gain"] * base, 0.5
     for what, groups in standing.get("slices", {}).items():
-        for group, each in groups.items():
-            yield from ((f"{name}, {what}: {group}", value) for name, value in each["scores"].items())
+        for number, each in enumerate(groups.values(), start=1):  # a group's name tells its values, which vary
+            share = each["rows"] / standing["test_rows"]
+            yield from ((f"{name}, {what}: group {number}", value, share) for name, value in each["scores"].items())
     for name, each in standing.get("overlap", {}).items():
-        yield f"{name}, overlap before", each["before"]
-        yield f"{name}, overlap after", each["after"]
+        yield f"{name}, overlap before", each["before"], 1.0
+        yield f"{name}, overlap after", each["after"], 1.0
 
 
 def _value(value: float | None) -> str:

@@ -7,7 +7,7 @@ Knowledge and item tables with each other and with runs of the command line.
 import importlib
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
@@ -27,8 +27,19 @@ from recbole_llm.slices import Facts
 
 LIST = 20
 """Items of the lists whose overlap is told."""
-PROTOCOL = (*report.SAME, "shuffle_text", "benchmark_filename")
-"""Settings in which rows of one table must not differ; texts may be shuffled in a control only."""
+PROTOCOL = (
+    *report.SAME,
+    "benchmark_filename",
+    "rm_dup_inter",
+    "filter_inter_by_user_or_item",
+    "threshold",
+    "metric_decimal_place",
+)
+"""Settings in which rows of one table must not differ."""
+
+
+class RunsFailed(RuntimeError):
+    """Some runs of a benchmark ended in an error; everything else was run and written."""
 
 
 @dataclass
@@ -69,6 +80,7 @@ class Table:
         protocol: How they were evaluated, in words.
         config: Of one of its runs: metrics, cut-offs, the metric that selects.
         missing: Rows and seeds that were not run.
+        failed: Rows and seeds that ended in an error, and what it said.
     """
 
     dataset: str
@@ -77,6 +89,7 @@ class Table:
     protocol: str
     config: Config
     missing: list[tuple[str, int]] = field(default_factory=list)
+    failed: list[tuple[str, int, str]] = field(default_factory=list)
 
 
 class Runner:
@@ -134,7 +147,7 @@ class Runner:
             seeds = [seed for seed in row.seeds if self.chosen(row, seed)]
             if row.ensemble or not seeds:
                 continue
-            missing = [seed for seed in seeds if not finished(run_folder(config_of(row, seed)), LIST)]
+            missing = [seed for seed in seeds if not there(config_of(row, seed))]
             seconds, shared = 0.0, 0.0
             if missing:
                 config = self.config(row)
@@ -157,31 +170,50 @@ class Runner:
         head = ["row", "runs", "there", "teacher and Knowledge", "training"]
         return f"{report.draw(head, rows)}\nIn all about {plan.spoken(total)}.\n{plan.HOW.strip()}"
 
-    def run(self) -> list[Table]:
-        """Run what is missing and write it; returns the tables, data set by data set."""
+    def run(self, so_far: Callable[[list[Table]], None] = lambda tables: None) -> list[Table]:
+        """Run what is missing and write it; a run that ends in an error is written down, and the next one begins.
+
+        Args:
+            so_far: Called with the tables whenever all that is to be run on a data set was.
+
+        Returns:
+            The tables, data set by data set.
+        """
         wanted = self.wanted()
-        todo = [(row, seed) for row, seed in wanted if self.chosen(row, seed)]
-        entries: dict[tuple[str, str], Entry] = {}
-        missing: dict[str, list[tuple[str, int]]] = {}
+        count = sum(self.chosen(row, seed) for row, seed in wanted)
+        tables: list[Table] = []
         began, done = perf_counter(), 0
-        for row, seed in wanted:
-            asked = self.chosen(row, seed) and self._parts_there(row, seed, entries)
-            if not asked and not self._there(row, seed, entries):
-                missing.setdefault(row.dataset, []).append((row.name, seed))
-                continue
-            if asked:
-                logging.getLogger().info(
-                    f"{self.benchmark.name}: {row.dataset}/{row.name}, seed {seed}{_left(began, done, len(todo))}"
-                )
-            self._one(row, seed, entries)
-            done += asked
-        tables = [self._table(dataset, entries, missing.get(dataset, [])) for dataset in self.benchmark.datasets]
-        return [table for table in tables if table.entries]
+        for dataset in self.benchmark.datasets:
+            entries: dict[tuple[str, str], Entry] = {}
+            missing: list[tuple[str, int]] = []
+            failed: list[tuple[str, int, str]] = []
+            for row, seed in wanted:
+                if row.dataset != dataset:
+                    continue
+                asked = self.chosen(row, seed) and self._parts_there(row, seed, entries)
+                if not asked and not self._there(row, seed, entries):
+                    missing.append((row.name, seed))
+                    continue
+                if asked:
+                    logging.getLogger().info(
+                        f"{self.benchmark.name}: {row.dataset}/{row.name}, seed {seed}{_left(began, done, count)}"
+                    )
+                try:
+                    self._one(row, seed, entries, asked)
+                except Exception as error:  # of whatever kind: hours of other runs must not depend on it
+                    logging.getLogger().exception(f"{row.dataset}/{row.name}, seed {seed}: this run failed.")
+                    failed.append((row.name, seed, str(error).partition("\n")[0]))
+                done += asked
+            entries = {key: entry for key, entry in entries.items() if entry.lines}
+            if entries or failed:
+                tables.append(self._table(dataset, entries, missing, failed))
+                so_far(tables)
+        return tables
 
     def _there(self, row: Row, seed: int, entries: Mapping[tuple[str, str], Entry]) -> bool:
         """Whether a run that was not asked for is finished."""
         if not row.ensemble:
-            return finished(run_folder(config_of(row, seed)), LIST) is not None
+            return there(config_of(row, seed)) is not None
         return self._parts_there(row, seed, entries) and finished(self._ensemble_folder(row, seed, entries)) is not None
 
     @staticmethod
@@ -196,43 +228,41 @@ class Runner:
                 return False
         return True
 
-    def _one(self, row: Row, seed: int, entries: dict[tuple[str, str], Entry]) -> None:
-        """Run a row under a seed, or take it from its files, and write what came out."""
+    def _one(self, row: Row, seed: int, entries: dict[tuple[str, str], Entry], asked: bool) -> None:
+        """Run a row under a seed, or take it from its files, and write what came out; what was not asked for is only taken."""
         entry = entries.setdefault((row.dataset, row.name), Entry(row, row.name, row.role))
-        if row.ensemble:
+        config = None if row.ensemble else config_of(row, seed)
+        if config is None:
             entry.lines[seed] = self._ensemble(row, seed, entries)
-        elif line := self._finished_alone(row, seed):
-            entry.lines[seed], entry.folders[seed] = line, run_folder(config_of(row, seed))
+        elif (line := there(config)) and (not asked or config["resume"] and not teacher_of(config)):
+            entry.lines[seed], entry.folders[seed] = line, run_folder(config)
+            if teacher_of(config):
+                entry.taught_by = self._teacher(row, config, None, entries)
         else:
             settings = settings_of_run(row, seed)
             result = run_recbole_llm(settings.pop("model"), settings.pop("dataset"), None, settings, alone=False)
             *before, entry.lines[seed] = result["lines"]
             entry.folders[seed] = Path(result["folder"])
-            if before and row.settings["model"] == "DLLM2Rec":
-                entry.taught_by = self._teacher(row, seed, before[0], entries)
+            if before and teacher_of(config):
+                entry.taught_by = self._teacher(row, config, before[0], entries)
         write_run(self.folder, entry, seed)
 
-    def _finished_alone(self, row: Row, seed: int) -> report.Line | None:
-        """The line of a run that is finished and has no teacher, whose own line would have to be looked for in the data."""
-        config = config_of(row, seed)
-        distils = config["student"] and config["distill_mode"] != "off"
-        if not config["resume"] or distils and Distillation.from_config(config).asks_teacher(config):
-            return None
-        return finished(run_folder(config), LIST)
-
-    def _teacher(self, row: Row, seed: int, line: report.Line, entries: dict[tuple[str, str], Entry]) -> str:
-        """The entry of the teacher of a row, one per Knowledge; returns its name."""
-        config = config_of(row, seed)
+    def _teacher(
+        self, row: Row, config: Config, line: report.Line | None, entries: dict[tuple[str, str], Entry]
+    ) -> str | None:
+        """The entry of the teacher of a row, one per Knowledge; its name, or None where its line is not there any more."""
         folder = teacher_line_folder(config, knowledge.Request.of(config, load_data(config).train._dataset))
+        for (dataset, name), entry in entries.items():
+            if entry.role == "teacher" and dataset == row.dataset and folder in entry.folders.values():
+                return name
+        if (line := line or finished(folder, LIST)) is None:
+            return None
         name = f"{row.axes.get('teacher', config['teacher'])} (teacher)"
-        there = entries.get((row.dataset, name))
-        if there and there.folders[min(there.folders)] != folder:
+        if (row.dataset, name) in entries:
             name = f"{name.removesuffix(')')} of {row.name})"
-        if (row.dataset, name) not in entries:
-            entries[row.dataset, name] = Entry(
-                row, name, "teacher", {config["teacher_seed"]: line}, {config["teacher_seed"]: folder}
-            )
-            write_run(self.folder, entries[row.dataset, name], config["teacher_seed"])
+        seed = config["teacher_seed"]
+        entries[row.dataset, name] = Entry(row, name, "teacher", {seed: line}, {seed: folder})
+        write_run(self.folder, entries[row.dataset, name], seed)
         return name
 
     def _ensemble_folder(self, row: Row, seed: int, entries: Mapping[tuple[str, str], Entry]) -> Path:
@@ -258,16 +288,22 @@ class Runner:
             parts.append(ensemble.part_of_teacher(config, data) if of_teacher else ensemble.part_of_run(folder))
         return ensemble.ensemble(config, data, parts, row.name, self._ensemble_folder(row, seed, entries))
 
-    def _table(self, dataset: str, entries: Mapping[tuple[str, str], Entry], missing: list[tuple[str, int]]) -> Table:
+    def _table(
+        self,
+        dataset: str,
+        entries: Mapping[tuple[str, str], Entry],
+        missing: list[tuple[str, int]],
+        failed: list[tuple[str, int, str]],
+    ) -> Table:
         """Everything on one data set; writes the ranks of its rows."""
-        here = [entry for (where, _), entry in entries.items() if where == dataset]
+        here = list(entries.values())
         order = {"baseline": 0, "teacher": 1, "control": 2, "claim": 3}
         here.sort(key=lambda entry: order[entry.role])
         config = self.config(next(row for row in self.benchmark.on(dataset) if not row.ensemble))
         data = load_data(config)
         facts = Facts.of(data.train._dataset, data.test._dataset)
         protocol = report.protocol_sentence(config["eval_args"], config["seen_items"], data.ties, config["data_note"])
-        table = Table(dataset, here, facts, protocol, config, missing)
+        table = Table(dataset, here, facts, protocol, config, missing, failed)
         if here:
             write_ranks(self.folder / f"ranks-{slug(dataset)}.parquet", table)
         return table
@@ -287,15 +323,22 @@ def config_of(row: Row, seed: int) -> Config:
         raise ValueError(f"{row.dataset}/{row.name}: {error}") from error
 
 
+def there(config: Config) -> report.Line | None:
+    """The line of a run that is finished; with its lists, but for LSC4Rec, which has none."""
+    return finished(run_folder(config), 0 if config["cloud"] else LIST)
+
+
+def teacher_of(config: Config) -> bool:
+    """Whether a run has a teacher whose own line stands in the table."""
+    distils = config["student"] and config["distill_mode"] != "off"
+    return bool(distils and Distillation.from_config(config).asks_teacher(config) and not config["teacher_knowledge"])
+
+
 def refuse_mixed_protocols(configs: Mapping[str, Config]) -> None:
     """Refuse rows of one table that are tested differently. Args: row -> its Config. Raises: ValueError."""
     first_name, first = next(iter(configs.items()))
     for name, config in configs.items():
-        differ = [
-            f"{key} ({config[key]}, not {first[key]})"
-            for key in PROTOCOL
-            if config[key] != first[key] and key != "shuffle_text"
-        ]
+        differ = [f"{key} ({config[key]}, not {first[key]})" for key in PROTOCOL if config[key] != first[key]]
         if differ:
             raise ValueError(
                 f"{name}: would be tested otherwise than {first_name}; what differs: {', '.join(differ)}. Put such settings under the "
@@ -316,10 +359,15 @@ def write_run(folder: Path, entry: Entry, seed: int) -> None:
         "test_rows": len(line.ranks),
         "seconds": line.seconds,
         "peak_mb": line.notes.get("peak_mb"),
-        "settings": entry.row.settings,
+        "settings": taught_with(entry.row.settings) if entry.role == "teacher" else entry.row.settings,
         "chosen": line.notes.get("chosen"),
     }
     write_json(folder / "runs" / slug(entry.row.dataset) / f"{slug(entry.name)}-{seed}.json", known)
+
+
+def taught_with(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a row that are its teacher's."""
+    return {key: value for key, value in settings.items() if key == "dataset" or key.partition("_")[0] == "teacher"}
 
 
 def write_ranks(file: Path, table: Table) -> None:

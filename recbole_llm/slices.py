@@ -53,7 +53,7 @@ class Facts:
 
 
 def thirds(values: np.ndarray) -> list[tuple[str, np.ndarray]]:
-    """Three groups of rows of about equal size by a value, rows of one value together; an empty one is left out.
+    """Groups of rows of about equal size by a value, the lowest first, rows of one value together; an empty one is left out.
 
     Returns:
         What the values of a group are, in words, and which rows it has [R].

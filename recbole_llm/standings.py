@@ -1,6 +1,6 @@
 """What a benchmark shows: tables of means over seeds, gains with intervals and tests, slices of the test rows, overlap of lists.
 
-All of it is first a plain dict (results.json, which `verify.py` compares with a committed one), then Markdown.
+All of it is first a plain dict (results.json, which `results.verify` compares with a committed one), then Markdown.
 """
 
 import statistics
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from recbole_llm.benchmark import Benchmark
-from recbole_llm.comparisons import Comparison, compare, per_user
+from recbole_llm.comparisons import Comparison, Question, compare, per_user
 from recbole_llm.report import row_metric
 from recbole_llm.runner import Entry, Table
 from recbole_llm.seeds import together
@@ -22,7 +22,7 @@ def standing(table: Table) -> dict[str, Any]:
 
     Returns:
         `protocol`, `test_rows`, `users`, `metric`, `rows` (each with its runs), `strongest` (the baseline that did best on
-        validation), `comparisons`, `slices`, `overlap`, `accounts` (of LSC4Rec, as text), `missing`.
+        validation), `comparisons`, `slices`, `overlap`, `accounts` (of LSC4Rec, as text), `missing`, `failed`.
     """
     metric, k = metric_of(table)
     strongest = strongest_baseline(table.entries, f"{metric}@{k}")
@@ -38,6 +38,7 @@ def standing(table: Table) -> dict[str, Any]:
         "overlap": overlaps(table),
         "accounts": accounts(table),
         "missing": [list(each) for each in table.missing],
+        "failed": [list(each) for each in table.failed],
     }
 
 
@@ -86,9 +87,14 @@ def strongest_baseline(entries: Sequence[Entry], metric: str) -> Entry | None:
     return max(scored, key=lambda pair: pair[0])[1] if scored else None
 
 
-def values_of(entry: Entry, metric: str, k: int, rows: Sequence[int] | None = None) -> np.ndarray:
-    """A metric of every row (or of some), averaged over seeds [R]."""
-    return np.mean([row_metric(line.on(rows), metric, k) for line in entry.lines.values()], axis=0)
+def runs_of(entry: Entry, metric: str, k: int, rows: Sequence[int] | None = None) -> dict[int, np.ndarray]:
+    """Seed -> a metric of every row, or of some [R]."""
+    return {seed: row_metric(line.on(rows), metric, k) for seed, line in entry.lines.items()}
+
+
+def values_of(entry: Entry, metric: str, k: int) -> np.ndarray:
+    """A metric of every row, averaged over seeds [R]."""
+    return np.mean(list(runs_of(entry, metric, k).values()), axis=0)
 
 
 def common_rows(*entries: Entry) -> list[int] | None:
@@ -108,8 +114,13 @@ def comparisons(table: Table, strongest: Entry | None) -> list[Comparison]:
         for other in dict.fromkeys(each.name for each in others if each and each is not entry):
             rows = common_rows(entry, by_name[other])
             users = table.facts.user if rows is None else table.facts.user[rows]
-            pair = (per_user(values_of(each, metric, k, rows), users) for each in (entry, by_name[other]))
-            questions.append((entry.name, other, *pair))
+            both = entry, by_name[other]
+            pair = (
+                {seed: per_user(values, users) for seed, values in runs_of(each, metric, k, rows).items()}
+                for each in both
+            )
+            missing = sum(len(each.row.seeds) - len(each.lines) for each in both if each.role != "teacher")
+            questions.append(Question(entry.name, other, *pair, missing))
     return compare(questions)
 
 
@@ -188,8 +199,9 @@ def section(standing: Mapping[str, Any], paper: Mapping[str, Any], source: str) 
     if standing["comparisons"]:
         parts += [
             f"Gains in {standing['metric']}, seeds averaged: 95 % intervals by paired bootstrap over users, p by Wilcoxon's signed "
-            f"ranks over users, Holm-corrected among these {len(standing['comparisons'])}. The strongest baseline on validation is "
-            f"{standing['strongest']}.",
+            "ranks over users (of single runs, and the largest of these p, where two rows have unequal numbers of them), Holm-corrected "
+            f"among these {len(standing['comparisons'])}; *so far* where runs are missing. Seeds are no part of either: of one seed, "
+            f"both tell of that training alone. The strongest baseline on validation is {standing['strongest']}.",
             gains(standing["comparisons"]),
         ]
     if standing["slices"]:
@@ -209,6 +221,7 @@ def section(standing: Mapping[str, Any], paper: Mapping[str, Any], source: str) 
         parts += [f"As published ({source}), under another protocol, not to be compared:", published(paper, "")]
     if standing["missing"]:
         parts.append(f"Not run yet: {', '.join(f'{name} (seed {seed})' for name, seed in standing['missing'])}.")
+    parts += [f"Failed: {name} (seed {seed}): {said}" for name, seed, said in standing["failed"]]
     return parts
 
 

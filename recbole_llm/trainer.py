@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -90,6 +91,12 @@ class SequenceTrainer(Trainer):
         self._rank_last = None
         self.top_lists: TopLists | None = None
         self.state_folder: Path | None = None
+        self._seconds_before, self._began = 0.0, perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """How long this training has taken, in all processes that were at it."""
+        return self._seconds_before + perf_counter() - self._began
 
     @contextmanager
     def keeping_lists(self, k: int) -> Iterator[TopLists]:
@@ -385,6 +392,7 @@ class SequenceTrainer(Trainer):
         best = values["best_valid_result"]
         self.best_valid_result = None if best is None else OrderedDict(best)
         self.train_loss_dict = {int(epoch): loss for epoch, loss in values["train_loss"].items()}
+        self._seconds_before = values.get("seconds", 0.0)
         self.logger.info(f"Resuming {resume_file} from epoch {self.start_epoch}")
 
     def resume_values(self) -> dict[str, Any]:
@@ -406,6 +414,7 @@ class SequenceTrainer(Trainer):
             "best_valid_score": self.best_valid_score,
             "best_valid_result": self.best_valid_result and dict(self.best_valid_result),
             "train_loss": self.train_loss_dict,
+            "seconds": self.seconds,
             "optimizer": optimizer_values,
             "random": random_values,
             "all_positions": self.all_positions,

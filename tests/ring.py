@@ -38,7 +38,7 @@ def write_ring(data_path: Path) -> Path:
     User u starts at item u modulo 24; timestamps are whole, small enough for float32, and never tie.
     """
     folder = Path(data_path) / "ring"
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     inter = ["user_id:token\titem_id:token\ttimestamp:float"]
     for step in range(ITEMS_PER_USER):
         for user in range(N_USERS):

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import wilcoxon
 
-from recbole_llm.comparisons import Comparison, compare, holm, per_user, signed_ranks
+from recbole_llm.comparisons import Comparison, Question, compare, holm, per_user, ranked, signed_ranks
 
 
 def test_holm_by_hand():
@@ -26,19 +27,54 @@ def test_rows_of_one_user_are_added_up():
 
 
 def test_users_without_a_difference_say_nothing():
-    assert signed_ranks(np.zeros(50)) == 1.0
+    assert signed_ranks(np.zeros(50), True) == 1.0
     rng = np.random.default_rng(0)
     shifted = rng.normal(0.5, 1, 200)
-    assert signed_ranks(shifted) < 1e-6
-    assert signed_ranks(np.concatenate([shifted, np.zeros(1000)])) == pytest.approx(signed_ranks(shifted))
+    assert signed_ranks(shifted, True) < 1e-6
+    assert signed_ranks(np.concatenate([shifted, np.zeros(1000)]), True) == pytest.approx(signed_ranks(shifted, True))
+    assert signed_ranks(shifted, True) == pytest.approx(wilcoxon(shifted, method="approx").pvalue)
+
+
+def test_ranks_that_point_the_other_way_show_nothing():
+    """Most users are a little worse off, some much better: the mean is higher, the ranks say lower."""
+    differences = np.concatenate([np.full(3000, -0.1), np.full(600, 1.0)])
+    assert differences.mean() > 0 and signed_ranks(-differences, False) == signed_ranks(differences, True) == 1.0
+    assert signed_ranks(differences, False) < 1e-9
+    theirs = np.full(3600, 0.5)
+    (found,) = compare([Question("a", "b", {1: theirs + differences}, {1: theirs})])
+    assert found.low > 0 and found.verdict == "none shown"
+
+
+@pytest.mark.parametrize("ours, theirs", [(1, 1), (3, 3), (3, 1), (1, 3)])
+def test_a_model_is_no_better_than_itself_whatever_the_number_of_seeds(ours, theirs):
+    """5,000 users of whom a tenth is hit by chance in each run; means of three runs have other values than one run."""
+    rng, wrong = np.random.default_rng(0), 0
+    for _ in range(40):
+        runs = (rng.random((ours + theirs, 5000)) < 0.1).astype(float)
+        pair = (dict(enumerate(part)) for part in (runs[:ours], runs[ours:]))
+        wrong += ranked(*pair, better=runs[:ours].mean() > runs[ours:].mean()) < 0.05
+    assert wrong <= 6
+
+
+def test_a_pair_of_unequally_many_runs_has_its_largest_p():
+    rng = np.random.default_rng(2)
+    theirs = rng.random(300)
+    ours = {1: theirs + 0.1, 2: theirs + rng.normal(0.01, 0.1, 300)}
+    assert (
+        ranked(ours, {1: theirs}, True) == signed_ranks(ours[2] - theirs, True) > signed_ranks(ours[1] - theirs, True)
+    )
 
 
 def test_a_gain_needs_interval_and_test():
     rng = np.random.default_rng(1)
     theirs = rng.random(400)
     better, same = theirs + 0.05, theirs + rng.normal(0, 0.05, 400)
-    up, level, down = compare([("a", "b", better, theirs), ("c", "b", same, theirs), ("b", "a", theirs, better)])
+    asked = [("a", "b", better, theirs), ("c", "b", same, theirs), ("b", "a", theirs, better)]
+    up, level, down = compare([Question(one, two, {1: values}, {1: others}) for one, two, values, others in asked])
     assert (up.verdict, level.verdict, down.verdict) == ("gain", "none shown", "loss")
     assert up.gain == pytest.approx(0.05 / theirs.mean()) and up.low <= up.gain <= up.high and up.users == 400
     assert Comparison("a", "b", 0.1, 0.02, 0.2, p=0.06, users=9).verdict == "none shown"
     assert Comparison("a", "b", 0.1, -0.02, 0.2, p=0.01, users=9).verdict == "none shown"
+    assert Comparison("a", "b", 0.1, 0.02, 0.2, p=0.01, users=9, missing=1).verdict == "gain so far"
+    assert Comparison("a", "b", -0.1, -0.2, -0.02, p=0.01, users=9, missing=1).verdict == "loss so far"
+    assert Comparison("a", "b", 0.1, -0.02, 0.2, p=0.01, users=9, missing=1).verdict == "none shown"

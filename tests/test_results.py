@@ -10,8 +10,10 @@ import yaml
 from recbole_llm import runner
 from recbole_llm.benchmark import Benchmark
 from recbole_llm.command import main
+from recbole_llm.quick_start import run_folder
 from recbole_llm.results import cells, differences, run_benchmark, verify
 from recbole_llm.runner import Runner, config_of, refuse_mixed_protocols
+from recbole_llm.standings import of_ranks
 from tests.conftest import ROOT
 from tests.pipelines import ring_settings
 
@@ -78,6 +80,64 @@ def test_a_killed_benchmark_goes_on(tmp_path, monkeypatch):
     assert len(list((tmp_path / "results/smoke/runs/ring").iterdir())) == 2
 
 
+def test_a_failing_run_costs_no_other(tmp_path, monkeypatch, capsys):
+    whole = runner.run_recbole_llm
+
+    def fails(model, *arguments, **options):
+        if model == "Markov":
+            raise OSError("no space left\non the device")
+        return whole(model, *arguments, **options)
+
+    monkeypatch.setattr(runner, "run_recbole_llm", fails)
+    assert main([f"--benchmark={SMOKE}", "--only=ring/[MH]*"]) == 1
+    assert "1 runs failed" in (said := capsys.readouterr().err) and "ring/Markov, seed 2020: no space left\n" in said
+    standing = json.loads((tmp_path / "results/smoke/results.json").read_text())["data"]["ring"]
+    assert standing["failed"] == [["Markov", 2020, "no space left"]] and list(standing["rows"]) == ["HistoryKNN"]
+    assert "Failed: Markov (seed 2020): no space left" in (tmp_path / "results/smoke/table.md").read_text()
+
+
+def test_what_was_not_asked_for_is_shown_from_its_files_only(ran, monkeypatch):
+    """Even where everything is to be made anew, and the Knowledge is gone: nothing is trained or labelled for it."""
+    monkeypatch.setattr(
+        runner, "run_recbole_llm", lambda model, *given, whole=runner.run_recbole_llm, **more: (
+            whole(model, *given, **more) if model == "Popularity" else pytest.fail(f"{model} again")
+        ),
+    )  # fmt: skip
+    for manifest in (ran.parent.parent / "saved/knowledge").glob("*/manifest.json"):
+        manifest.unlink()
+    run_benchmark(SMOKE, {"resume": False}, only="ring/Popularity")
+    found = json.loads((ran / "results.json").read_text())["data"]["ring"]
+    names = ["Popularity", "SASRec", "LiteLLM4Rec (teacher)", "SASRec, vectors of LiteLLM4Rec"]
+    assert list(found["rows"]) == names
+
+
+def test_lists_that_are_missing_are_made_without_a_training(ran, monkeypatch):
+    """A run of the command line keeps no lists; its time and memory stay what they were."""
+    (folder,) = [config_of(row, 2020) for row in Benchmark.load(SMOKE).on("ring") if row.name == "SASRec"]
+    folder = run_folder(folder)
+    before = json.loads((folder / "metrics.json").read_text())
+    (folder / "lists.safetensors").unlink()
+    run_benchmark(SMOKE, only="ring/SASRec", seeds=[2020])
+    after = json.loads((folder / "metrics.json").read_text())
+    assert (folder / "lists.safetensors").exists() and after["metrics"] == before["metrics"]
+    assert after["seconds"]["train"] == before["seconds"]["train"] > 0
+    assert after["notes"]["peak_mb"] == before["notes"]["peak_mb"]
+
+
+@pytest.mark.parametrize("name", sorted(folder.name for folder in (ROOT / "results").iterdir()))
+def test_committed_runs_are_those_of_the_committed_table(name):
+    folder = ROOT / "results" / name
+    data = json.loads((folder / "results.json").read_text())["data"]
+    table = {
+        (dataset, row, int(seed)): run["metrics"]
+        for dataset, each in data.items()
+        for row, known in each["rows"].items()
+        for seed, run in known["runs"].items()
+    }
+    runs = [json.loads(file.read_text()) for file in (folder / "runs").glob("*/*.json")]
+    assert {(run["dataset"], run["row"], run["seed"]): of_ranks(run["metrics"]) for run in runs} == table
+
+
 def test_an_ensemble_whose_parts_were_not_run_is_missing(tmp_path):
     text = (
         SMOKE.read_text()
@@ -113,15 +173,20 @@ def test_a_wrong_setting_is_told_with_its_row_before_any_work(tmp_path):
 
 def test_lsc4rec_has_its_account_and_no_times_among_its_metrics(ring, tiny_lm, tmp_path):
     settings = ring_settings(ring, "LSC4Rec", tiny_lm, lsc_users=40)
-    rows = {"LSC4Rec": {"role": "baseline", "settings": {"model": "LSC4Rec"}}}
+    rows = {
+        "LSC4Rec": {"role": "baseline", "settings": {"model": "LSC4Rec"}},
+        "seldom": {"against": "LSC4Rec", "settings": {"model": "LSC4Rec", "lsc_rate": 0.05}},
+    }
     file = tmp_path / "lsc.yaml"
     file.write_text(
         yaml.safe_dump({"what": "LSC4Rec.", "datasets": {"ring": settings | {"dataset": "ring"}}, "rows": rows})
     )
-    table = run_benchmark(file)
+    table = run_benchmark(file, only="*/LSC4Rec")
     assert "LSC4Rec, cloud and device:" in table and "| consistency" in table and "by slices" not in table
+    run_benchmark(file, only="*/seldom")
     found = json.loads((tmp_path / "results/lsc/results.json").read_text())["data"]["ring"]
-    assert all("@" in cell for cell in dict(cells(found)))
+    assert all("@" in name or " against " in name for name, *_ in cells(found))
+    assert list(found["rows"]) == ["LSC4Rec", "seldom"] and not found["missing"], "the first is taken from its files"
     (run,) = found["rows"]["LSC4Rec"]["runs"].values()
     assert (
         set(run["metrics"]) == {"recall@1", "ndcg@1", "recall@10", "ndcg@10"}
@@ -145,19 +210,23 @@ def test_a_wrong_command_is_refused_before_any_work(words, said, capsys):
 
 
 STANDING = {
+    "test_rows": 12,
+    "metric": "ndcg@10",
     "rows": {"A": {"runs": {"1": {"metrics": {"ndcg@10": 0.5}, "valid": {"ndcg@10": 0.6}}}, "seconds": {"train": 9}}},
+    "comparisons": [{"name": "B", "against": "A", "gain": 0.2, "p": 0.01}],
     "slices": {"length": {"1 to 5": {"rows": 3, "scores": {"A": 0.25}}}},
     "overlap": {"A": {"before": 0.1, "after": 0.2}},
 }
 
 
 def test_every_quality_number_is_compared_and_no_time():
-    assert dict(cells(STANDING)) == {
-        "A, seed 1, metrics ndcg@10": 0.5,
-        "A, seed 1, valid ndcg@10": 0.6,
-        "A, length: 1 to 5": 0.25,
-        "A, overlap before": 0.1,
-        "A, overlap after": 0.2,
+    assert {name: cell for name, *cell in cells(STANDING)} == {
+        "A, seed 1, metrics ndcg@10": [0.5, 1.0],
+        "A, seed 1, valid ndcg@10": [0.6, 1.0],
+        "B against A": [0.1, 0.5],
+        "A, length: group 1": [0.25, 0.25],
+        "A, overlap before": [0.1, 1.0],
+        "A, overlap after": [0.2, 1.0],
     }
 
 
@@ -175,7 +244,14 @@ def test_every_quality_number_is_compared_and_no_time():
         (
             lambda now: now["slices"]["length"]["1 to 5"]["scores"].update(A=float("nan")),
             0.5,
-            ["d: A, length: 1 to 5: 0.250000 committed, nan now, tolerance 0.5"],
+            ["d: A, length: group 1: 0.250000 committed, nan now, tolerance 2"],
+        ),
+        (lambda now: now["slices"]["length"].update({"1 to 6": now["slices"]["length"].pop("1 to 5")}), 0.0, []),
+        (lambda now: now["slices"]["length"]["1 to 5"]["scores"].update(A=0.28), 0.01, []),
+        (
+            lambda now: now["comparisons"][0].update(gain=0.3),
+            0.02,
+            ["d: B against A: 0.100000 committed, 0.150000 now, tolerance 0.04"],
         ),
     ],
 )

@@ -341,6 +341,33 @@ def test_killed_and_resumed_is_the_same_as_uninterrupted(small, way, epochs, sto
     assert trainer.saved_model_file == file
 
 
+def test_a_resumed_training_has_taken_the_seconds_of_all_its_processes(small, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr("recbole_llm.trainer.perf_counter", lambda: now[0])
+
+    def fresh():
+        parts = stock(small, "small", epochs=2)
+        return parts, SequenceTrainer(parts.config, parts.model)
+
+    def a_minute_later(epoch, score):
+        now[0] += 60
+        if epoch == 0:
+            raise Killed
+
+    parts, trainer = fresh()
+    now[0] += 40
+    with pytest.raises(Killed):
+        trainer.fit(
+            parts.train, parts.valid, callback_fn=a_minute_later
+        )  # what came after the state was written is lost
+    now[0] += 9999
+    file = trainer.saved_model_file
+    parts, trainer = fresh()
+    trainer.resume_checkpoint(file)
+    trainer.fit(parts.train, parts.valid, callback_fn=a_minute_later)
+    assert trainer.seconds == 40 + 60
+
+
 def test_a_kill_between_evaluations_repeats_from_the_last_one(small):
     def fresh():
         parts = stock(small, "small", epochs=6, eval_step=2, stopping_step=10)
