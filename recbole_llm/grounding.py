@@ -16,11 +16,13 @@ from torch import Tensor
 
 METRICS = ("l2", "cosine")
 
-# FAISS factory string and search parameters; {lists} is about 4 * sqrt(number of items).
+# FAISS factory string and search parameters; `recipe` fills in what depends on the catalogue.
 INDEXES: dict[str, tuple[str, str]] = {
     "exact": ("Flat", ""),
     "hnsw": ("HNSW32,Flat", "efSearch=128"),
     "ivf": ("IVF{lists},Flat", "nprobe=16"),
+    # four bits for each part of a vector, compared many items at a time in registers; the best are then told apart by their vectors
+    "ivfpq": ("IVF{lists},PQ{parts}x4fs,RFlat", "nprobe={probes},k_factor_rf=20"),
 }
 
 _QUERIES_AT_A_TIME = 64
@@ -28,6 +30,10 @@ _SEARCHED_AT_A_TIME = 512
 _MARGIN = 16
 """Items that are looked at beyond those asked for, since the quick distances are a little off."""
 _RECALL_QUERIES = 256
+_LEAST_TAUGHT = 39
+"""Vectors for each centroid below which FAISS warns."""
+_CODEBOOK = 16
+"""Centroids of a part of a vector, told by four bits."""
 
 
 class Grounder:
@@ -39,7 +45,8 @@ class Grounder:
 
     Args:
         metric: `l2` (score = -distance, not squared) or `cosine` (score = cosine of the angle).
-        index: A name in INDEXES; all but `exact` are approximate, and `fit` logs and keeps their measured recall.
+        index: A name in INDEXES; all but `exact` are approximate, and `fit` logs and keeps their measured recall. A catalogue that is
+            too small for `ivfpq` is searched exactly, which a warning says.
         recall_at: The k of that recall.
 
     Raises:
@@ -86,10 +93,15 @@ class Grounder:
         vectors = self._prepared(item_vectors[1:])
         self._exact = self._built("Flat", vectors)
         self._fast = self._exact
-        factory, parameters = INDEXES[self.index]
-        if self.index != "exact":
-            lists = max(1, min(int(4 * math.sqrt(len(vectors))), len(vectors) // 39))
-            self._fast = self._built(factory.format(lists=lists), vectors)
+        needed = _LEAST_TAUGHT * _CODEBOOK if self.index == "ivfpq" else 0
+        if len(vectors) < needed:
+            logging.getLogger(__name__).warning(
+                f"ground_index={self.index}: {len(vectors)} items are too few for it, it learns from {needed} at least; the search is "
+                "exact instead."
+            )
+        elif self.index != "exact":
+            factory, parameters, taught = recipe(self.index, len(vectors), self.width)
+            self._fast = self._built(factory, vectors, taught)
             self._faiss.ParameterSpace().set_index_parameters(self._fast, parameters)
             self.recall = self._measured_recall(item_vectors)
             logging.getLogger(__name__).info(
@@ -126,11 +138,9 @@ class Grounder:
             score -inf stands.
         """
         most = min(k, self.n_items - 1)
-        if self.index == "exact":
-            parts = [self._refined(chunk, most) for chunk in vectors.split(_SEARCHED_AT_A_TIME)]
-            items, score = (torch.cat(column) for column in zip(*parts, strict=True))
-        else:
-            items, score = self._found(self._fast, vectors, most)
+        find = self._refined if self._fast is self._exact else self._approximate
+        parts = [find(chunk, most) for chunk in vectors.split(_SEARCHED_AT_A_TIME)]
+        items, score = (torch.cat(column) for column in zip(*parts, strict=True))
         short = k - items.shape[1]
         items = torch.nn.functional.pad(items, (0, short), value=0)
         score = torch.nn.functional.pad(score, (0, short), value=-torch.inf)
@@ -154,6 +164,10 @@ class Grounder:
         score, place = self.score_of(vectors, items).sort(dim=1, descending=True, stable=True)
         return items.gather(1, place)[:, :k], score[:, :k]
 
+    def _approximate(self, vectors: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """What the approximate index finds. Which lists it looks at, quick distances may say; those of items it tells directly."""
+        return self._found(self._fast, vectors, k, direct=False)
+
     def _found(self, index, vectors: Tensor, k: int, direct: bool = True) -> tuple[Tensor, Tensor]:
         if index is None:
             raise RuntimeError("Grounder: no items yet; call fit(item_vectors) first.")
@@ -176,12 +190,13 @@ class Grounder:
             vectors = vectors - self._centre
         return vectors.contiguous().numpy()
 
-    def _built(self, factory: str, vectors):
+    def _built(self, factory: str, vectors, taught: int | None = None):
         kind = self._faiss.METRIC_L2 if self.metric == "l2" else self._faiss.METRIC_INNER_PRODUCT
         index = self._faiss.index_factory(self.width, factory, kind)
-        # several threads would link an HNSW graph in an order that no seed fixes
-        with _threads(self._faiss, 1):
-            index.train(vectors)
+        # several threads would link an HNSW graph in an order that no seed fixes; in which list an item stands, quick distances may say,
+        # which build the lists of a million items in a third of the time
+        with _threads(self._faiss, 1, direct=self.index != "ivfpq"):
+            index.train(vectors[:: -(-len(vectors) // (taught or len(vectors)))])
             index.add(vectors)
         return index
 
@@ -192,8 +207,28 @@ class Grounder:
         queries = (chosen + chosen.roll(1, dims=0)) / 2
         k = min(self.recall_at, self.n_items - 1)
         exact, _ = self._found(self._exact, queries, k)
-        fast, _ = self._found(self._fast, queries, k)
+        fast, _ = self._approximate(queries, k)
         return (exact.unsqueeze(2) == fast.unsqueeze(1)).any(dim=2).float().mean().item()
+
+
+def recipe(index: str, items: int, width: int) -> tuple[str, str, int]:
+    """FAISS's factory string and search parameters of an approximate index, and of how many items at most it shall learn.
+
+    There are about 4 * sqrt(items) lists of which few are looked up, or half as many where a seventh of them is; and as many parts of a
+    vector as divide its width into pieces of three numbers or more.
+
+    Args:
+        index: A name in INDEXES.
+        items: Number of items.
+        width: Length of their vectors.
+    """
+    factory, parameters = INDEXES[index]
+    # FAISS itself draws 256 vectors for each list; half of them taught as much in half the time
+    times, taught = (2, 128) if index == "ivfpq" else (4, 256)
+    lists = max(1, min(int(times * math.sqrt(items)), items // _LEAST_TAUGHT))
+    parts = max(parts for parts in range(1, max(1, width // 3) + 1) if width % parts == 0)
+    probes = max(16, lists // 7)
+    return factory.format(lists=lists, parts=parts), parameters.format(probes=probes), taught * lists
 
 
 def min_max(x: Tensor) -> Tensor:

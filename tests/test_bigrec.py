@@ -77,7 +77,7 @@ def test_reweighting_changes_ranks_but_not_the_scores_that_confidence_rests_on(m
     assert torch.equal(again, target) and score[0, 1] == plain[0][plain_items[0] == popular]
 
 
-@pytest.mark.parametrize("index", ["exact", "hnsw"])
+@pytest.mark.parametrize("index", ["exact", "hnsw", "ivfpq"])
 def test_candidates_are_those_of_the_full_ranking(ring, tiny_lm, index):
     trained = scripted(
         Trained("BIGRec", ring, tiny_lm, ground_index=index), ["coral otter", "violet tigers", "", "coral"]

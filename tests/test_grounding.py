@@ -150,6 +150,69 @@ def test_an_exact_index_has_recall_one_and_logs_none(caplog):
     assert "nearest items" not in caplog.text
 
 
+def test_the_recipe_follows_the_catalogue():
+    assert grounding.recipe("ivf", 90_000, 384) == ("IVF1200,Flat", "nprobe=16", 256 * 1200)
+    factory, parameters, taught = grounding.recipe("ivfpq", 1_000_000, 384)
+    assert factory == "IVF2000,PQ128x4fs,RFlat"
+    assert parameters == "nprobe=285,k_factor_rf=20"
+    assert taught == 128 * 2000
+    # parts divide the width, lists have enough to learn from
+    assert grounding.recipe("ivfpq", 1000, 7)[0] == "IVF25,PQ1x4fs,RFlat"
+    assert grounding.recipe("ivfpq", 700, 64)[0] == "IVF17,PQ16x4fs,RFlat"
+    assert grounding.recipe("ivfpq", 30, 1)[0] == "IVF1,PQ1x4fs,RFlat"
+
+
+@pytest.mark.parametrize("metric", grounding.METRICS)
+def test_items_told_by_four_bits_a_part_are_found_and_scored_exactly(metric):
+    groups = 3 * points(30, 48, seed=2)
+    items = points(4000, 48) + groups[torch.arange(4000) % 30]
+    texts = points(40, 48, seed=1) + groups[torch.arange(40) % 30]
+    grounder = Grounder(metric, "ivfpq").fit(items)
+    # twenty times the larger number is more than there are
+    for k in (10, 300):
+        found, score = grounder.search(texts, k)
+        scores = grounder.scores(texts)
+        torch.testing.assert_close(score, scores.gather(1, found), atol=1e-5, rtol=1e-5)
+        agreement = (found.unsqueeze(2) == scores.topk(k).indices.unsqueeze(1)).any(2).float().mean()
+        assert agreement > 0.9
+    assert 0.8 < grounder.recall <= 1
+    assert torch.equal(Grounder(metric, "ivfpq").fit(items).search(texts, 300)[0], found)
+    assert torch.equal(torch.cat([grounder.search(text.unsqueeze(0), 300)[0] for text in texts]), found)
+
+
+def test_a_catalogue_too_small_for_four_bits_a_part_is_searched_exactly_and_that_is_said(caplog):
+    with caplog.at_level(logging.WARNING):
+        grounder = Grounder(index="ivfpq").fit(points(300))
+    assert "ground_index=ivfpq: 299 items are too few" in caplog.text
+    assert grounder.recall == 1
+    texts = points(20, seed=1)
+    for ours, expected in zip(grounder.search(texts, 9), Grounder().fit(points(300)).search(texts, 9), strict=True):
+        assert torch.equal(ours, expected)
+    caplog.clear()
+    Grounder(index="ivfpq").fit(points(625))
+    assert "too few" not in caplog.text
+
+
+def test_an_index_learns_from_an_even_sample_of_many_items(monkeypatch):
+    seen = []
+
+    class Spy:
+        def train(self, vectors):
+            seen.append(vectors[:, 0].tolist())
+
+        def add(self, vectors):
+            seen.append(len(vectors))
+
+    grounder = Grounder()
+    grounder.width = 1
+    monkeypatch.setattr(grounder._faiss, "index_factory", lambda *_: Spy())
+    vectors = torch.arange(10.0).unsqueeze(1).numpy()
+    grounder._built("", vectors, 4)
+    grounder._built("", vectors, 10)
+    grounder._built("", vectors)
+    assert seen == [[0, 3, 6, 9], 10, list(range(10)), 10, list(range(10)), 10]
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 def test_faiss_uses_as_many_threads_as_torch_and_is_left_as_it_was(threads):
     grounder = Grounder().fit(points(30))
@@ -177,7 +240,9 @@ def test_a_copy_shares_the_index():
 def test_bad_input_is_refused_with_what_there_is():
     with pytest.raises(ValueError, match="ground_metric=dot: no such metric; there are l2, cosine"):
         Grounder("dot")
-    with pytest.raises(ValueError, match="ground_index=flat: no such index; there are exact, hnsw, ivf"):
+    with pytest.raises(
+        ValueError, match="ground_index=flat: no such index; there are exact, hnsw, ivf, ivfpq. Set ground_index"
+    ):
         Grounder(index="flat")
     with pytest.raises(RuntimeError, match="call fit"):
         Grounder().scores(points(1))
