@@ -8,7 +8,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -157,12 +157,13 @@ WHOLE = Part()
 
 @contextmanager
 def held(file: Path) -> Iterator[None]:
-    """While this lasts, no other process holds the same file; one that is killed lets go of it."""
-    import fcntl  # not everywhere, and nobody else needs it
-
+    """While this lasts, no other process holds the same file; one that is killed lets go of it. Without effect on Windows."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with open(file, "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        with suppress(ImportError):
+            import fcntl
+
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 

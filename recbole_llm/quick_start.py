@@ -24,7 +24,7 @@ from recbole_llm.item_text import check_quotes
 from recbole_llm.loaders import eval_loader
 from recbole_llm.model.dllm2rec import Distillation
 from recbole_llm.peak import Peak
-from recbole_llm.processes import PartDone, only_the_first, place
+from recbole_llm.processes import PartDone, held, only_the_first, place
 from recbole_llm.terms import AFTER_TRAINING
 from recbole_llm.trainer import SequenceTrainer, trainer_class
 
@@ -236,20 +236,24 @@ def alone(config: Config) -> Config:
 
 
 def single(config: Config, data: Data, name: str) -> report.Line:
-    """Train and test one model; a finished run of the same settings is taken from its folder, a stopped one goes on."""
+    """Train and test one model; a finished run of the same settings is taken from its folder, a stopped one goes on.
+
+    Where another process is at the same run, this one waits for it, and takes what it has made.
+    """
     folder = run_folder(config)
-    if config["resume"] and (line := finished(folder, config["keep_lists"])):
+    with held(folder / ".lock"):
+        if config["resume"] and (line := finished(folder, config["keep_lists"])):
+            return line
+        known = finished(folder) if config["resume"] else None  # whose lists are not there, or too short
+        with Peak() as peak:
+            trainer, seconds = trained(config, data, name, folder)
+            line, lists = evaluated(trainer, data.test, name, True, config["keep_lists"])
+        line.seconds["train"] = known.seconds.get("train") if known else seconds
+        line.notes["peak_mb"] = known.notes.get("peak_mb") if known else peak.megabytes
+        line.valid = {key: float(value) for key, value in (trainer.best_valid_result or {}).items()}
+        write_json(folder / "config.json", settings_of(config))
+        keep(line, lists, folder)
         return line
-    known = finished(folder) if config["resume"] else None  # whose lists are not there, or too short
-    with Peak() as peak:
-        trainer, seconds = trained(config, data, name, folder)
-        line, lists = evaluated(trainer, data.test, name, True, config["keep_lists"])
-    line.seconds["train"] = known.seconds.get("train") if known else seconds
-    line.notes["peak_mb"] = known.notes.get("peak_mb") if known else peak.megabytes
-    line.valid = {key: float(value) for key, value in (trainer.best_valid_result or {}).items()}
-    write_json(folder / "config.json", settings_of(config))
-    keep(line, lists, folder)
-    return line
 
 
 def keep(line: report.Line, lists: TopLists | None, folder: Path) -> None:

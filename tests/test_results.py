@@ -1,5 +1,6 @@
 """A benchmark run for real on the ring: what is written, what is taken from files, and that another run comes to the same."""
 
+import fcntl
 import json
 import shutil
 
@@ -7,7 +8,7 @@ import pandas
 import pytest
 import yaml
 
-from recbole_llm import runner
+from recbole_llm import quick_start, runner
 from recbole_llm.benchmark import Benchmark
 from recbole_llm.command import main
 from recbole_llm.quick_start import run_folder
@@ -109,6 +110,21 @@ def test_what_was_not_asked_for_is_shown_from_its_files_only(ran, monkeypatch):
     found = json.loads((ran / "results.json").read_text())["data"]["ring"]
     names = ["Popularity", "SASRec", "LiteLLM4Rec (teacher)", "SASRec, vectors of LiteLLM4Rec"]
     assert list(found["rows"]) == names
+
+
+def test_two_processes_are_not_at_one_run(tmp_path, monkeypatch):
+    """Both would write the same checkpoint; the second waits, and finds it finished."""
+    whole, locked = quick_start.trained, []
+
+    def watched(config, data, name, folder, *more):
+        with open(folder / ".lock") as lock, pytest.raises(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        locked.append(name)
+        return whole(config, data, name, folder, *more)
+
+    monkeypatch.setattr(quick_start, "trained", watched)
+    run_benchmark(SMOKE, only="ring/SASRec", seeds=[2020])
+    assert locked == ["SASRec alone"]
 
 
 def test_lists_that_are_missing_are_made_without_a_training(ran, monkeypatch):
