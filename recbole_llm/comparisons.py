@@ -91,13 +91,16 @@ def compare(questions: Sequence[Question]) -> list[Comparison]:
 
 
 def ranked(ours: Mapping[int, np.ndarray], theirs: Mapping[int, np.ndarray], better: bool) -> float:
-    """P of signed ranks of means over seeds where both have equally many, else the largest p of any pair of runs.
+    """P of signed ranks of means over seeds, of those that both have if one has more; with one run of either, the largest of all pairs.
 
     Args:
         ours: Seed -> metric of each user under the one model [U].
         theirs: The other's.
         better: Which way the means differ.
     """
+    common = sorted(ours.keys() & theirs.keys())
+    if len(ours) != len(theirs) and len(common) > 1:
+        ours, theirs = ({seed: runs[seed] for seed in common} for runs in (ours, theirs))
     if len(ours) == len(theirs):
         return signed_ranks(np.mean([*ours.values()], axis=0) - np.mean([*theirs.values()], axis=0), better)
     return max(signed_ranks(one - other, better) for one, other in itertools.product(ours.values(), theirs.values()))

@@ -20,12 +20,20 @@ class Facts:
         popularity: How often its target is a target or a first item in the training rows [R].
         history: How many items the user had met before, those beyond `MAX_ITEM_LIST_LENGTH` too [R].
         repeat: Whether the target is one of them [R].
+        seen: Each row's items met before, row by row, as row * n_items + item, ascending.
+        n_items: Number of item ids.
     """
 
     user: np.ndarray
     popularity: np.ndarray
     history: np.ndarray
     repeat: np.ndarray
+    seen: np.ndarray
+    n_items: int
+
+    def met(self, items: np.ndarray) -> np.ndarray:
+        """Whether one item of every row is among those that its user had met before [R]. Args: items [R]."""
+        return np.isin(np.arange(len(items)) * self.n_items + items, self.seen)
 
     @classmethod
     def of(cls, train: Any, test: Any) -> "Facts":
@@ -49,6 +57,8 @@ class Facts:
             counts[target].numpy(),
             torch.bincount(number, minlength=len(target)).numpy(),
             repeat.numpy(),
+            np.unique(number.numpy().astype(np.int64) * test.item_num + item.numpy()),
+            test.item_num,
         )
 
 

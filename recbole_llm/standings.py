@@ -22,7 +22,8 @@ def standing(table: Table) -> dict[str, Any]:
 
     Returns:
         `protocol`, `test_rows`, `users`, `metric`, `rows` (each with its runs), `strongest` (the baseline that did best on
-        validation), `comparisons`, `slices`, `overlap`, `accounts` (of LSC4Rec, as text), `missing`, `failed`.
+        validation), `comparisons`, `slices`, `overlap`, `met_first`, `accounts` (of LSC4Rec, as text), `missing`,
+        `failed`.
     """
     metric, k = metric_of(table)
     strongest = strongest_baseline(table.entries, f"{metric}@{k}")
@@ -36,6 +37,7 @@ def standing(table: Table) -> dict[str, Any]:
         "comparisons": [vars(each) | {"verdict": each.verdict} for each in comparisons(table, strongest)],
         "slices": sliced(table),
         "overlap": overlaps(table),
+        "met_first": met_first(table),
         "accounts": accounts(table),
         "missing": [list(each) for each in table.missing],
         "failed": [list(each) for each in table.failed],
@@ -162,6 +164,16 @@ def overlaps(table: Table) -> dict[str, dict[str, float]]:
     return found
 
 
+def met_first(table: Table) -> dict[str, float]:
+    """Share of test rows whose best item is one that the user had met: line -> share; lines with lists of all rows only."""
+    whole = {entry.name: list(entry.lists().values()) for entry in table.entries if common_rows(entry) is None}
+    return {
+        name: statistics.mean(float(table.facts.met(kept["items"][:, 0].numpy()).mean()) for kept in lists)
+        for name, lists in whole.items()
+        if lists
+    }
+
+
 def accounts(table: Table) -> dict[str, str]:
     """Of rows of LSC4Rec: every line and policy over seeds, as `python -m recbole_llm.seeds` prints them."""
     return {
@@ -199,7 +211,7 @@ def section(standing: Mapping[str, Any], paper: Mapping[str, Any], source: str) 
     if standing["comparisons"]:
         parts += [
             f"Gains in {standing['metric']}, seeds averaged: 95 % intervals by paired bootstrap over users, p by Wilcoxon's signed "
-            "ranks over users (of single runs, and the largest of these p, where two rows have unequal numbers of them), Holm-corrected "
+            "ranks over users (of the seeds that both have; against a single run, the largest p of any run), Holm-corrected "
             f"among these {len(standing['comparisons'])}; *so far* where runs are missing. Seeds are no part of either: of one seed, "
             f"both tell of that training alone. The strongest baseline on validation is {standing['strongest']}.",
             gains(standing["comparisons"]),
@@ -215,6 +227,9 @@ def section(standing: Mapping[str, Any], paper: Mapping[str, Any], source: str) 
             "Share of the teacher's 20 best items that are among the student's, before and after distillation:",
             table(["student", "teacher", "before", "after"], body),
         ]
+    if any(standing["met_first"].values()):
+        shares = [f"{name} {share:.1%}" for name, share in standing["met_first"].items()]
+        parts.append(f"Share of test rows whose best item is one that the user had met before: {', '.join(shares)}.")
     for name, account in standing["accounts"].items():
         parts += [f"{name}, cloud and device:", f"```\n{account}\n```"]
     if paper:

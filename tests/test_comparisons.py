@@ -56,7 +56,14 @@ def test_a_model_is_no_better_than_itself_whatever_the_number_of_seeds(ours, the
     assert wrong <= 6
 
 
-def test_a_pair_of_unequally_many_runs_has_its_largest_p():
+def test_of_unequally_many_runs_those_of_the_same_seeds_are_compared():
+    rng = np.random.default_rng(2)
+    ours, theirs = ({seed: rng.random(300) + more for seed in (1, 2, 3)} for more in (0.05, 0.0))
+    part = {seed: theirs[seed] for seed in (2, 3)}
+    assert ranked(ours, part, True) == ranked({2: ours[2], 3: ours[3]}, part, True) != ranked(ours, theirs, True)
+
+
+def test_against_a_single_run_the_largest_p_counts():
     rng = np.random.default_rng(2)
     theirs = rng.random(300)
     ours = {1: theirs + 0.1, 2: theirs + rng.normal(0.01, 0.1, 300)}

@@ -43,6 +43,7 @@ def test_what_a_benchmark_leaves_behind(ran):
     (comparison,) = found["comparisons"]
     assert (comparison["name"], comparison["against"]) == ("SASRec, vectors of LiteLLM4Rec", "SASRec")
     assert 0 < found["overlap"]["SASRec, vectors of LiteLLM4Rec"]["after"] <= 1
+    assert found["met_first"]["SASRec"] == 0.0 and len(found["met_first"]) == 3, "who knows the ring repeats nothing"
     assert found["strongest"] == "SASRec" and ["SASRec", 2021] in found["missing"]
     one = json.loads((ran / "runs" / "ring" / "SASRec-2020.json").read_text())
     assert one["metrics"]["recall@1"] == 1.0 and one["seconds"]["train"] > 0 and 100 < one["peak_mb"] < 10_000

@@ -25,6 +25,11 @@ def test_facts_of_the_ring(ring):
     users = np.arange(60) % 24
     met = sum(1 for start in users for step in range(10) if (start + step) % 24 == 18)
     assert facts.popularity[at] == met
+    items = {row: train._dataset.token2id("item_id", row) for row in ("i07", "i17", "i18")}
+    for token, was_met in (("i07", True), ("i17", True), ("i18", False)):
+        assert facts.met(np.full(60, items[token]))[at] == was_met, (
+            "the whole history counts, not what a model sees of it"
+        )
 
 
 def test_a_repeat_is_told_though_it_is_older_than_the_model_sees(ring):
@@ -48,7 +53,7 @@ def test_thirds_keep_equal_values_together():
 
 
 def test_a_slice_of_one_group_is_none():
-    facts = Facts(np.array(["a", "b"]), np.array([1, 9]), np.array([5, 5]), np.array([False, False]))
+    facts = Facts(np.array(["a", "b"]), np.array([1, 9]), np.array([5, 5]), np.array([False, False]), np.array([]), 9)
     assert list(slices_of(facts, {})) == ["training interactions of the target"]
     sure = slices_of(facts, {"T": np.log([0.1, 0.9])})
     assert [name for name, _ in sure["what T gives to its first item"]] == ["0.10", "0.90"]
