@@ -47,11 +47,12 @@ bench: $(READY) ## Speed and memory as ratios within one run; prints tables, wri
 	$(BIN)/python -m tests.bench.grounding
 	$(BIN)/python -m tests.bench.inference
 
-bench-full: $(READY) ## Time to RecBole's quality, quality after convergence, phase A of Lite-LLM4Rec, labelling by an LLM; hours
+bench-full: $(READY) ## Time to RecBole's quality, quality after convergence, phase A of Lite-LLM4Rec, labelling by an LLM, a million items; hours
 	$(BIN)/python -m tests.bench.time_to
 	$(BIN)/python -m tests.bench.convergence
 	$(BIN)/python -m tests.bench.phase_a
 	$(BIN)/python -m tests.bench.labelling
+	$(BIN)/python -m tests.bench.million
 
 tune: $(READY) ## The tuned baselines again: hours, resumable, finished trials are taken from tests/bench/tuned
 	$(BIN)/python -m tests.bench.tune
