@@ -115,14 +115,15 @@ def benchmark(names: argparse.Namespace, settings: list[str]) -> int:
             f"benchmark={file}: is not meant for a small machine (its file says here: false). {asked.what} Add --estimate to see how "
             "long it takes, or --here to run it anyway."
         )
-    if not names.verify:
-        try:
+    try:
+        if not names.verify:
             print(run_benchmark(file, overrides, only, seeds))
-        except RunsFailed as error:  # each has its traceback in the log
-            print(f"\n{error}", file=sys.stderr)
-            return 1
-        return 0
-    if differ := verify(file, overrides):
+            return 0
+        differ = verify(file, overrides)
+    except RunsFailed as error:  # each has its traceback in the log
+        print(f"\n{error}", file=sys.stderr)
+        return 1
+    if differ:
         print(f"{file}: {len(differ)} cells differ from what is committed:", *differ, sep="\n  ", file=sys.stderr)
         return 1
     print(f"{file}: every number is as committed.")

@@ -113,6 +113,7 @@ def signed_ranks(differences: np.ndarray, better: bool) -> float:
         differences: Of each user [U].
         better: Which way the means differ; ranks that point the other way show nothing, and have 1, as differences of 0 have.
     """
+    differences = np.round(differences, 12)  # of equal means in another order only rounding is left
     if not np.any(differences):
         return 1.0
     one_side = wilcoxon(differences, method="approx", alternative="greater" if better else "less").pvalue

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 _LOG2_E = math.log2(math.e)
+_TINY = torch.finfo(torch.float32).tiny
 _MEBIBYTE = 2**20
 RECORDED = 10
 """Tables of a chunk's scores that autograd holds while it finds the gradient of many terms (`chunked_loss`)."""
@@ -95,17 +96,20 @@ class _FullSoftmax(torch.autograd.Function):
                 state = states[chunk].detach().float()
                 # powers of 2 are about twice as fast as powers of e, and the factor is cheapest on the states
                 score = torch.mm(state * _LOG2_E, items.T, out=scores[: len(state)])
+                if targets is None:
+                    score[:, 0] = -torch.inf  # what is wanted is wanted among real items
                 score.sub_(score.amax(dim=1, keepdim=True))
                 target = None if targets is None else targets[chunk, None]
                 of_target = None if target is None else score.gather(1, target)
                 which, also, weight = wanted(score, chunk) if wanted else (None, None, None)
                 of_also = None if which is None else score[which].gather(1, also)
-                total = score.exp2_().sum(dim=1, keepdim=True)
+                score.exp2_()
+                real = score[:, 1:].sum(dim=1, keepdim=True) if wanted else None
+                total = score.sum(dim=1, keepdim=True) if real is None else real + score[:, :1]
                 # the probabilities are score / total: the division is cheaper on what is d wide than on what is n_items wide
                 share = 1 / (total * count) if target is not None else torch.zeros_like(total)
                 if which is not None:
-                    padding = score[which, :1]
-                    real, whole = total[which] - padding, weight.sum(dim=1, keepdim=True)
+                    real, whole = real[which].clamp_min(_TINY), weight.sum(dim=1, keepdim=True)
                     further += (weight * (real.log2() - of_also)).sum() / _LOG2_E
                     more = share.index_add(0, which, whole / real)
                     # the padding has a part in the targets' probabilities only
@@ -186,7 +190,8 @@ class _Chunked(torch.autograd.Function):
 
 def scores_of(states: Tensor, table: Tensor, items: Tensor) -> Tensor:
     """Scores of a few items of each state, in float32 [T, K]. Args: states [T, d]; table [n_items, d]; items [T, K]."""
-    return torch.einsum("td,tkd->tk", states.float(), functional.embedding(items, table).float())
+    with torch.autocast(states.device.type, enabled=False):
+        return torch.einsum("td,tkd->tk", states.float(), functional.embedding(items, table).float())
 
 
 def sampled_scores(states: Tensor, table: Tensor, targets: Tensor, negatives: Tensor) -> tuple[Tensor, Tensor, Tensor]:

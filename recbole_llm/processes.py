@@ -4,6 +4,7 @@ A launcher (`torchrun`, `accelerate launch`) tells every process its number by t
 a barrier, not by looking for files: it ends with an error as soon as one of them dies, and no disk has to show a file in time.
 """
 
+import logging
 import os
 import re
 from collections import Counter
@@ -163,7 +164,11 @@ def held(file: Path) -> Iterator[None]:
         with suppress(ImportError):
             import fcntl
 
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                logging.getLogger().info(f"Another process is at {file.parent}/; this one waits for it.")
+                fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 

@@ -289,10 +289,15 @@ def collaboration(config: Config, data: Data) -> tuple[list[report.Line], str]:
 
     A finished run is taken from its folder.
     """
+    with held(run_folder(config) / ".lock"):
+        return drawn_up(config, data, run_folder(config))
+
+
+def drawn_up(config: Config, data: Data, folder: Path) -> tuple[list[report.Line], str]:
+    """See `collaboration`; the folder is the run's, which no other process holds."""
     from recbole_llm.account import Account, Accountant
     from recbole_llm.pictures import draw_all
 
-    folder = run_folder(config)
     line = finished(folder) if config["resume"] else None
     if line is not None and (folder / "account.json").is_file():
         account = Account.load(folder)

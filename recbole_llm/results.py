@@ -44,10 +44,12 @@ def run_benchmark(
     """
     benchmark = Benchmark.load(file, overrides)
     folder, command = Path(results) / benchmark.name, f"python run_recbole_llm.py --benchmark={file}"
-    tables = Runner(benchmark, results, only, tuple(seeds)).run(partial(publish, benchmark, folder, command))
+    so_far = partial(publish, benchmark, folder, command, so_far=True)
+    tables = Runner(benchmark, results, only, tuple(seeds)).run(so_far)
     if failed := [
         f"  {each.dataset}/{name}, seed {seed}: {said}" for each in tables for name, seed, said in each.failed
     ]:
+        publish(benchmark, folder, command, tables)
         raise RunsFailed(
             "\n".join([f"benchmark={file}: {len(failed)} runs failed; the others are in {folder}/.", *failed])
         )
@@ -61,14 +63,26 @@ def estimate_benchmark(
     return Runner(Benchmark.load(file, overrides), only=only, seeds=tuple(seeds)).estimate()
 
 
-def publish(benchmark: Benchmark, folder: Path, command: str, tables: Sequence[Table]) -> str:
-    """Write all numbers, the Markdown and the pictures of a benchmark; returns the Markdown."""
+def publish(benchmark: Benchmark, folder: Path, command: str, tables: Sequence[Table], so_far: bool = False) -> str:
+    """Write all numbers, the Markdown and the pictures of a benchmark; returns the Markdown.
+
+    Args:
+        benchmark: What was run.
+        folder: Of its results.
+        command: That runs it.
+        tables: What it came to.
+        so_far: Whether further data sets follow; what was known of them stays until then.
+    """
     standings = {table.dataset: standing(table) for table in tables}
+    if so_far and (folder / "results.json").is_file():
+        known = read_json(folder / "results.json")["data"] | standings
+        standings = {dataset: known[dataset] for dataset in benchmark.datasets if dataset in known}
     text = markdown(benchmark, standings, machine(), command)
     write_json(folder / "results.json", {"benchmark": benchmark.name, "machine": machine(), "data": standings})
     write_text(folder / "table.md", text)
-    for table in tables:
-        draw_table(table, folder)
+    for table in tables[-1:] if so_far else tables:
+        if table.entries:
+            draw_table(table, folder)
     return text
 
 
@@ -129,17 +143,18 @@ def differences(committed: Mapping[str, Any], now: Mapping[str, Any], tolerance:
 def cells(standing: Mapping[str, Any]) -> Iterator[tuple[str, float, float]]:
     """Every quality number of a data set: its name, its value, and the share of the test rows it is of; never a time or a size."""
     rows = standing.get("rows", {})
+    shares = {name: row.get("test_rows", standing["test_rows"]) / standing["test_rows"] for name, row in rows.items()}
     for name, row in rows.items():
         for seed, run in row["runs"].items():
             for kind in ("metrics", "valid"):
-                yield from (
-                    (f"{name}, seed {seed}, {kind} {metric}", value, 1.0) for metric, value in run[kind].items()
-                )
+                what = f"{name}, seed {seed}, {kind}"
+                yield from ((f"{what} {metric}", value, shares[name]) for metric, value in run[kind].items())
     for each in standing.get("comparisons", []):
         runs = rows[each["against"]]["runs"].values()
         base = sum(run["metrics"][standing["metric"]] for run in runs) / len(runs)
         if base:  # as a difference of two means, either of which may be off by the tolerance
-            yield f"{each['name']} against {each['against']}", each["gain"] * base, 0.5
+            share = min(shares[each["name"]], shares[each["against"]]) / 2
+            yield f"{each['name']} against {each['against']}", each["gain"] * base, share
     for what, groups in standing.get("slices", {}).items():
         for number, each in enumerate(groups.values(), start=1):  # a group's name tells its values, which vary
             share = each["rows"] / standing["test_rows"]

@@ -222,8 +222,10 @@ class Runner:
         for part in row.ensemble:
             other = entries.get((row.dataset, part.removeprefix(TEACHER_OF)))
             # a teacher is the same under every seed of its student, and so is a row that has other seeds
-            if other is None or not (
-                part.startswith(TEACHER_OF) or seed in other.folders or seed not in other.row.seeds
+            if (
+                other is None
+                or not other.folders
+                or not (part.startswith(TEACHER_OF) or seed in other.folders or seed not in other.row.seeds)
             ):
                 return False
         return True

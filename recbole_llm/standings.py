@@ -227,8 +227,8 @@ def section(standing: Mapping[str, Any], paper: Mapping[str, Any], source: str) 
             "Share of the teacher's 20 best items that are among the student's, before and after distillation:",
             table(["student", "teacher", "before", "after"], body),
         ]
-    if any(standing["met_first"].values()):
-        shares = [f"{name} {share:.1%}" for name, share in standing["met_first"].items()]
+    if any((met := standing.get("met_first", {})).values()):
+        shares = [f"{name} {share:.1%}" for name, share in met.items()]
         parts.append(f"Share of test rows whose best item is one that the user had met before: {', '.join(shares)}.")
     for name, account in standing["accounts"].items():
         parts += [f"{name}, cloud and device:", f"```\n{account}\n```"]
@@ -236,13 +236,15 @@ def section(standing: Mapping[str, Any], paper: Mapping[str, Any], source: str) 
         parts += [f"As published ({source}), under another protocol, not to be compared:", published(paper, "")]
     if standing["missing"]:
         parts.append(f"Not run yet: {', '.join(f'{name} (seed {seed})' for name, seed in standing['missing'])}.")
-    parts += [f"Failed: {name} (seed {seed}): {said}" for name, seed, said in standing["failed"]]
+    parts += [f"Failed: {name} (seed {seed}): {said}" for name, seed, said in standing.get("failed", [])]
     return parts
 
 
 def scores(standing: Mapping[str, Any]) -> str:
     """One line per row: metrics, validation, times, memory."""
     rows = standing["rows"]
+    if not rows:
+        return "No run has ended."
     metrics = list(next(iter(next(iter(rows.values()))["runs"].values()))["metrics"])
     body = []
     for name, each in rows.items():

@@ -68,6 +68,32 @@ def test_wanted_items_are_a_weighted_cross_entropy_over_real_items(rows, scale, 
         assert torch.allclose(one, other, rtol=1e-4, atol=2e-5 * max(1.0, scale))
 
 
+@pytest.mark.parametrize("with_targets", [False, True])
+def test_a_padding_item_that_outweighs_all_hides_no_real_one(with_targets):
+    """Scores of -25 beside the padding's 0: their sum is lost in a difference of float32."""
+    states = torch.ones(1, 1, requires_grad=True)
+    table = torch.tensor([[0.0], [-25.0], [-26.0]], requires_grad=True)
+    given = torch.arange(1), torch.tensor([[2]]), torch.ones(1, 1)
+    target = torch.tensor([1]) if with_targets else None
+    base, further = losses.soft_target_loss(states, table, target, 1, lambda scores, chunk: given)
+    assert further.item() == pytest.approx(math.log(1 + math.e), rel=1e-5)
+    to_states, to_table = torch.autograd.grad(base, (states, table))
+    p = 1 / (1 + math.exp(-1))
+    wanted = [0.0, p, -p]  # of the real ones
+    assert (to_table - torch.tensor([[1.0], [-1.0], [0.0]]) * with_targets).flatten().tolist() == pytest.approx(
+        wanted, abs=1e-5
+    )
+    assert to_states.item() == pytest.approx(-25 * p + 26 * p + 25 * with_targets, abs=1e-4)
+
+
+def test_scores_of_a_few_items_are_float32_also_under_autocast():
+    states, table, target = made_up(dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        scores = losses.scores_of(states, table, target[:, None])
+    assert scores.dtype == torch.float32
+    assert torch.allclose(scores[:, 0], (states * table[target]).sum(dim=1), atol=1e-5)
+
+
 def test_a_hopeless_target_has_a_finite_loss():
     """The target's probability is 0 in float32, its logarithm is not."""
     states = torch.tensor([[200.0]], requires_grad=True)

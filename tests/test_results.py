@@ -98,6 +98,25 @@ def test_a_failing_run_costs_no_other(tmp_path, monkeypatch, capsys):
     assert "Failed: Markov (seed 2020): no space left" in (tmp_path / "results/smoke/table.md").read_text()
 
 
+def test_a_data_set_without_a_finished_run_is_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(runner, "run_recbole_llm", lambda *given, **more: 1 / 0)
+    assert main([f"--benchmark={SMOKE}", "--only=*/Markov"]) == 1
+    assert "2 runs failed" in capsys.readouterr().err
+    table = (tmp_path / "results/smoke/table.md").read_text()
+    assert table.count("No run has ended.") == table.count("Failed: Markov (seed 2020): division by zero") == 2
+
+
+def test_an_ensemble_of_a_row_that_failed_is_missing(tmp_path, monkeypatch, capsys):
+    """And costs no other row."""
+    whole = runner.run_recbole_llm
+    monkeypatch.setattr(runner, "run_recbole_llm", lambda model, *given, **more: (
+        1 / 0 if model == "DLLM2Rec" else whole(model, *given, **more)
+    ))  # fmt: skip
+    assert main([f"--benchmark={SMOKE}", "--only=ml-100k-small/*ar*", "--seeds=2020"]) == 1
+    standing = json.loads((tmp_path / "results/smoke/results.json").read_text())["data"]["ml-100k-small"]
+    assert "Markov" in standing["rows"] and all("+" not in name for name, *_ in standing["failed"])
+
+
 def test_what_was_not_asked_for_is_shown_from_its_files_only(ran, monkeypatch):
     """Even where everything is to be made anew, and the Knowledge is gone: nothing is trained or labelled for it."""
     monkeypatch.setattr(
@@ -229,7 +248,10 @@ def test_a_wrong_command_is_refused_before_any_work(words, said, capsys):
 STANDING = {
     "test_rows": 12,
     "metric": "ndcg@10",
-    "rows": {"A": {"runs": {"1": {"metrics": {"ndcg@10": 0.5}, "valid": {"ndcg@10": 0.6}}}, "seconds": {"train": 9}}},
+    "rows": {
+        "B": {"runs": {}},
+        "A": {"runs": {"1": {"metrics": {"ndcg@10": 0.5}, "valid": {"ndcg@10": 0.6}}}, "seconds": {"train": 9}},
+    },
     "comparisons": [{"name": "B", "against": "A", "gain": 0.2, "p": 0.01}],
     "slices": {"length": {"1 to 5": {"rows": 3, "scores": {"A": 0.25}}}},
     "overlap": {"A": {"before": 0.1, "after": 0.2}},

@@ -325,7 +325,8 @@ class DLLM2RecTrainer(SequenceTrainer):
         own = None
         if settings.consistency_weight:
             parts = states.detach().split(rows_at_a_time(self.item_loss.memory, len(table), self.device))
-            own = torch.cat([self._own_lists(part @ table.detach().float().T) for part in parts])
+            with torch.autocast(states.device.type, enabled=False):
+                own = torch.cat([self._own_lists(part @ table.detach().float().T) for part in parts])
         weight = self._weights(items, of_teacher, confidence, own)
         pushed = scores_of(states, table, negative[has, None])[:, 0] if settings.negative else None
         return settings.weight * ranking_loss(scores, weight, negative=pushed).mean()
