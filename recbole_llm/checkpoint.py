@@ -179,6 +179,15 @@ def catalogue(dataset: Any) -> dict[str, Any]:
     }
 
 
+def free_name(folder: Path, name: str) -> str:
+    """The name of a checkpoint that is not taken: RecBole's time stamp has seconds only."""
+    path, number = folder / f"{name}{SUFFIX}", 1
+    while path.exists():
+        number += 1
+        path = folder / f"{name}-{number}{SUFFIX}"
+    return str(path)
+
+
 def resume_file(path: str | Path) -> Path:
     """Where the state of the training that writes the checkpoint `path` is kept."""
     path = Path(path)

@@ -68,7 +68,9 @@ class SequenceTrainer(Trainer):
 
     def __init__(self, config, model):
         super().__init__(config, model)
-        self.saved_model_file = self._free_name(f"{config['model']}-{config['dataset']}-{get_local_time()}")
+        self.saved_model_file = checkpoint.free_name(
+            Path(self.checkpoint_dir), f"{config['model']}-{config['dataset']}-{get_local_time()}"
+        )
         self.all_positions = False
         self.seen_items = shared(config, "seen_items")
         self.item_loss = CatalogueLoss(
@@ -108,15 +110,6 @@ class SequenceTrainer(Trainer):
     def ranks(self) -> list[int]:
         """Rank of the target in every row of the last evaluation, from 0; -1 beyond the largest cut-off."""
         return self.evaluator.ranks
-
-    def _free_name(self, name: str) -> str:
-        """A file name that is not taken: RecBole's time stamp has seconds only."""
-        folder, number = Path(self.checkpoint_dir), 1
-        path = folder / f"{name}{checkpoint.SUFFIX}"
-        while path.exists():
-            number += 1
-            path = folder / f"{name}-{number}{checkpoint.SUFFIX}"
-        return str(path)
 
     def keep_in(self, folder: str | Path, resume: bool = True, stages: Path | None = None) -> None:
         """Keep checkpoint and training state in a folder, and go on with the training whose state is there.
