@@ -43,7 +43,7 @@ def draw_table(table: Table, folder: Path) -> list[Path]:
 def _bars(points: list[Mapping[str, Any]], title: str, file: Path) -> Path:
     from matplotlib.figure import Figure  # no pyplot: it would choose a window system, and keep every figure
 
-    figure = Figure(figsize=(9, 1.2 + 0.32 * len(points)), dpi=120, layout="constrained")
+    figure = Figure(figsize=(9, 1.5 + 0.32 * len(points)), dpi=120, layout="constrained")
     axes = figure.subplots()
     places = range(len(points))
     axes.barh(
@@ -60,10 +60,11 @@ def _bars(points: list[Mapping[str, Any]], title: str, file: Path) -> Path:
     axes.grid(axis="x", alpha=0.3)
     axes.set_axisbelow(True)
     roles = dict.fromkeys(point["role"] for point in points)
-    axes.legend(
+    figure.legend(  # beside the bars, none of which it may hide
         handles=[axes.barh([0], [0], color=COLOURS[role], label=role) for role in roles],
         fontsize="small",
-        loc="lower right",
+        loc="outside lower center",
+        ncols=len(roles),
     )
     figure.savefig(file)
     return file
