@@ -19,7 +19,7 @@ $(READY): setup.py constraints.txt
 run: $(READY) ## An LLM teaches a small recommender on ml-100k (ARGS="..." for another run)
 	$(BIN)/python run_recbole_llm.py $(ARGS)
 
-test: $(READY) ## The fast tests: no model hub, about 12 minutes on 2 cores
+test: $(READY) ## The fast tests: no model hub, about 13 minutes on 2 cores
 	$(BIN)/python -m pytest
 
 check: $(READY) ## ruff: lint and format

@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from recbole_llm.artifacts import slug
 from recbole_llm.config import guess, read_yaml
 from recbole_llm.model import PROPERTIES
 from recbole_llm.model.dllm2rec import Distillation
@@ -254,8 +255,6 @@ def _gaps(said: Mapping[str, Any]) -> list[str]:
 
 def _one_file_each(place: str, names: list[str]) -> list[str]:
     """Faults for names whose results would overwrite each other."""
-    from recbole_llm.runner import slug  # which imports this module
-
     first: dict[str, str] = {}
     return [
         f"  {place}: {name}: its results would have the name of those of {other}, {slug(name)}; rename one of them"

@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from recbole_llm.artifacts import slug
 from recbole_llm.report import half_width
-from recbole_llm.runner import Table, slug
+from recbole_llm.runner import Table
 from recbole_llm.standings import mean_of, metric_of, values_of
 
 COLOURS = {"baseline": "C7", "teacher": "C1", "control": "C8", "claim": "C0"}

@@ -123,7 +123,7 @@ def refuse_early(config: Config, data: Data) -> None:
         ValueError: A setting, a student or a teacher cannot work.
     """
     models = [config]
-    if config["student"] and Distillation.from_config(config).asks_teacher(config) and not config["teacher_knowledge"]:
+    if has_teacher(config):
         request = knowledge.Request.of(config, data.train._dataset)
         # what the teacher said and how it ranks may be there already; then it is not built, and no LLM library is imported
         if not (config["resume"] and request.exists and finished(teacher_line_folder(config, request))):
@@ -177,14 +177,19 @@ def worked(config: Config, data: Data, beside: bool = True) -> tuple[list[report
 
 def distillation(config: Config, data: Data, beside: bool = True) -> list[report.Line]:
     """Teacher, Knowledge, the student alone (if it shall stand beside), the distilled student: the lines of DLLM2Rec's table."""
-    asked = Distillation.from_config(config).asks_teacher(config) and not config["teacher_knowledge"]
-    known = knowledge.ensure(config, data.train, data.valid) if asked else None
+    known = knowledge.ensure(config, data.train, data.valid) if has_teacher(config) else None
     only_the_first()
     lines = [teacher_line(config, data, known)] if known else []
     if beside:
         lines.append(single(alone(config), data, f"{config['student']} alone"))
     lines.append(single(config, data, f"{config['student']} distilled"))
     return lines
+
+
+def has_teacher(config: Config) -> bool:
+    """Whether a run asks a teacher of its own, and has a line for it: not where a Knowledge is given, or text vectors are enough."""
+    asks = config["student"] and Distillation.from_config(config).asks_teacher(config)
+    return bool(asks and not config["teacher_knowledge"])
 
 
 def teacher_line_folder(config: Config, request: knowledge.Request) -> Path:
@@ -390,7 +395,7 @@ def run_identity(config: Config) -> dict[str, Any]:
         if config["student"]:
             chosen = Distillation.from_config(config)
             named["distillation"] = vars(chosen)
-            if chosen.asks_teacher(config) and not config["teacher_knowledge"]:
+            if has_teacher(config):
                 named["taught by"] = teacher.identity(role_config(config, "teacher"), labelling=True)
     named["folders"] = model_folders(named)
     named["files"] = {file.name: file_digest(file) for file in files if file.is_file()}

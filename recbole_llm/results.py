@@ -46,14 +46,14 @@ def run_benchmark(
     folder, command = Path(results) / benchmark.name, f"python run_recbole_llm.py --benchmark={file}"
     so_far = partial(publish, benchmark, folder, command, so_far=True)
     tables = Runner(benchmark, results, only, tuple(seeds)).run(so_far)
+    text = publish(benchmark, folder, command, tables)
     if failed := [
         f"  {each.dataset}/{name}, seed {seed}: {said}" for each in tables for name, seed, said in each.failed
     ]:
-        publish(benchmark, folder, command, tables)
         raise RunsFailed(
             "\n".join([f"benchmark={file}: {len(failed)} runs failed; the others are in {folder}/.", *failed])
         )
-    return publish(benchmark, folder, command, tables)
+    return text
 
 
 def estimate_benchmark(

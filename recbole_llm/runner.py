@@ -6,7 +6,6 @@ Knowledge and item tables with each other and with runs of the command line.
 
 import importlib
 import logging
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
@@ -18,11 +17,18 @@ import numpy as np
 import torch
 
 from recbole_llm import ensemble, knowledge, plan, report
-from recbole_llm.artifacts import digest, read_tensors, write_atomically, write_json
+from recbole_llm.artifacts import digest, read_tensors, slug, write_atomically, write_json
 from recbole_llm.benchmark import TEACHER_OF, Benchmark, Row
 from recbole_llm.config import Config
-from recbole_llm.model.dllm2rec import Distillation
-from recbole_llm.quick_start import LISTS, finished, load_data, run_folder, run_recbole_llm, teacher_line_folder
+from recbole_llm.quick_start import (
+    LISTS,
+    finished,
+    has_teacher,
+    load_data,
+    run_folder,
+    run_recbole_llm,
+    teacher_line_folder,
+)
 from recbole_llm.slices import Facts
 
 LIST = 20
@@ -147,7 +153,7 @@ class Runner:
             seeds = [seed for seed in row.seeds if self.chosen(row, seed)]
             if row.ensemble or not seeds:
                 continue
-            missing = [seed for seed in seeds if not there(config_of(row, seed))]
+            missing = [seed for seed in seeds if not finished_run(config_of(row, seed))]
             seconds, shared = 0.0, 0.0
             if missing:
                 config = self.config(row)
@@ -213,7 +219,7 @@ class Runner:
     def _there(self, row: Row, seed: int, entries: Mapping[tuple[str, str], Entry]) -> bool:
         """Whether a run that was not asked for is finished."""
         if not row.ensemble:
-            return there(config_of(row, seed)) is not None
+            return finished_run(config_of(row, seed)) is not None
         return self._parts_there(row, seed, entries) and finished(self._ensemble_folder(row, seed, entries)) is not None
 
     @staticmethod
@@ -236,16 +242,16 @@ class Runner:
         config = None if row.ensemble else config_of(row, seed)
         if config is None:
             entry.lines[seed] = self._ensemble(row, seed, entries)
-        elif (line := there(config)) and (not asked or config["resume"] and not teacher_of(config)):
+        elif (line := finished_run(config)) and (not asked or config["resume"] and not has_teacher(config)):
             entry.lines[seed], entry.folders[seed] = line, run_folder(config)
-            if teacher_of(config):
+            if has_teacher(config):
                 entry.taught_by = self._teacher(row, config, None, entries)
         else:
             settings = settings_of_run(row, seed)
             result = run_recbole_llm(settings.pop("model"), settings.pop("dataset"), None, settings, alone=False)
             *before, entry.lines[seed] = result["lines"]
             entry.folders[seed] = Path(result["folder"])
-            if before and teacher_of(config):
+            if before and has_teacher(config):
                 entry.taught_by = self._teacher(row, config, before[0], entries)
         write_run(self.folder, entry, seed)
 
@@ -325,15 +331,9 @@ def config_of(row: Row, seed: int) -> Config:
         raise ValueError(f"{row.dataset}/{row.name}: {error}") from error
 
 
-def there(config: Config) -> report.Line | None:
+def finished_run(config: Config) -> report.Line | None:
     """The line of a run that is finished; with its lists, but for LSC4Rec, which has none."""
     return finished(run_folder(config), 0 if config["cloud"] else LIST)
-
-
-def teacher_of(config: Config) -> bool:
-    """Whether a run has a teacher whose own line stands in the table."""
-    distils = config["student"] and config["distill_mode"] != "off"
-    return bool(distils and Distillation.from_config(config).asks_teacher(config) and not config["teacher_knowledge"])
 
 
 def refuse_mixed_protocols(configs: Mapping[str, Config]) -> None:
@@ -369,7 +369,7 @@ def write_run(folder: Path, entry: Entry, seed: int) -> None:
 
 def taught_with(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of a row that are its teacher's."""
-    return {key: value for key, value in settings.items() if key == "dataset" or key.partition("_")[0] == "teacher"}
+    return {key: value for key, value in settings.items() if key == "dataset" or key.startswith("teacher")}
 
 
 def write_ranks(file: Path, table: Table) -> None:
@@ -386,11 +386,6 @@ def write_ranks(file: Path, table: Table) -> None:
             ranks[np.arange(len(facts.user)) if line.rows is None else line.rows] = line.ranks
             columns[f"{entry.name}, seed {seed}"] = ranks
     write_atomically(file, lambda name: pandas.DataFrame(columns).to_parquet(name, index=False))
-
-
-def slug(name: str) -> str:
-    """A name as part of a file's."""
-    return re.sub(r"[^\w.-]+", "-", name).strip("-")
 
 
 def _left(began: float, done: int, count: int) -> str:
