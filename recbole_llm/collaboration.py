@@ -317,7 +317,8 @@ def policy_of(
     if name == "invalid-count" and not any(bool(signal(trial.at(age)).any()) for age in trial.ages):
         return "no list lacks a candidate"
     group = CODE_GROUP if name == "consistency" and settings.measure == "code" else 1
-    policy = by_signal(signal, trial_of(settings.threshold).threshold(signal, rate), group)
+    threshold = trial_of(settings.threshold).threshold(signal, rate)
+    policy = by_signal(signal, threshold, group, rate if settings.budget else None)
     return Asks(policy, policy)
 
 

@@ -13,6 +13,7 @@ import torch
 from recbole.data.interaction import Interaction
 from recbole.model.abstract_recommender import AbstractRecommender
 from torch import Tensor, nn
+from torch.nn import functional
 
 from recbole_llm.causality import fault_of_scores, forward_arguments, undisturbed
 from recbole_llm.sequences import Log
@@ -65,7 +66,9 @@ class Device:
         model = self.model
         if self.by_state:
             states = model(**forward_arguments(model, batch)) if states is None else states
-            return (model.item_embedding(items) * states.unsqueeze(1)).sum(dim=2)
+            # not by the module, which would keep the vector of 0 from being trained where that is asked for
+            vectors = functional.embedding(items, model.item_embedding.weight)
+            return (vectors * states.unsqueeze(1)).sum(dim=2)
         if self.ranks_all:
             return model.full_sort_predict(batch).view(len(items), -1).gather(1, items)
         count = items.shape[1]

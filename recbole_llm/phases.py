@@ -3,11 +3,11 @@
 Every phase is a training of the plain RecBole model with a data window, a loss and a validation of its own; it begins with the best
 weights of the phase before, and its checkpoint is one of that model.
 
-Paper: LSC4Rec (arXiv 2501.05647), collaborative training. Differs from the authors' code: lists hold real items only, and padding is
-never trained; a target that the cloud did not propose is not put into its list, since a device that finds it there each time learns to
-distrust the cloud; a phase is stopped on validation rows of its own time, and kept only where it is better there than what it began
-with; the cooperative phase may keep the independent loss beside its own (`lsc_base_weight`), without which a device forgets how to rank
-what the cloud does not propose.
+Paper: LSC4Rec (arXiv 2501.05647), collaborative training. Differs from the authors' code, which `lsc_mode: code` brings back: lists hold
+real items only, and padding is never trained; every target is trained on once an epoch, not some of a user's last three; a target that the
+cloud did not propose is not put into its list, since a device that finds it there each time learns to distrust the cloud; a phase is
+stopped on validation rows of its own time, and kept only where it is better there than what it began with; the cooperative phase may keep
+the independent loss beside its own (`lsc_base_weight`), without which a device forgets how to rank what the cloud does not propose.
 """
 
 import logging
@@ -29,56 +29,19 @@ from recbole_llm.checkpoint import read_weights, split_other_parameter
 from recbole_llm.cloud import Cloud, Lists
 from recbole_llm.config import shared
 from recbole_llm.device import Device
+from recbole_llm.draws import DrawnLoader
 from recbole_llm.identity import Names
 from recbole_llm.loaders import train_loader
 from recbole_llm.losses import by_popularity
 from recbole_llm.policies import never
 from recbole_llm.replay import Replay
-from recbole_llm.sequences import Log, Windows, windows
+from recbole_llm.sequences import Fields, Log, Windows, windows
 from recbole_llm.teacher import is_ready, sample_of_rows, seconds_of
 from recbole_llm.timeline import REAL_TIME, Timeline
 from recbole_llm.trainer import SequenceTrainer
+from recbole_llm.training_lists import digit_neighbours, list_loss
 
 PHASES = ("independent", "cooperative", "retrain")
-
-
-def list_loss(scores: Tensor, there: Tensor, kind: str) -> Tensor:
-    """Mean loss of lists whose first item is the target.
-
-    Args:
-        scores: [T, C].
-        there: Which are items of the list; the first column always is one [T, C].
-        kind: listwise (softmax over the list) | bce (binary cross entropy, averaged over the items of each list).
-    """
-    if kind == "listwise":
-        target = torch.zeros(len(scores), dtype=torch.long, device=scores.device)
-        return functional.cross_entropy(scores.float().masked_fill(~there, float("-inf")), target)
-    label = torch.zeros_like(scores)
-    label[:, 0] = 1
-    each = functional.binary_cross_entropy_with_logits(scores.float(), label.float(), reduction="none") * there
-    return (each.sum(dim=1) / there.sum(dim=1)).mean()
-
-
-def digit_neighbours(candidates: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Numbers made of the pieces of other ones, as a decoder of digits might confuse them [T, count]; a row without any gives 0.
-
-    A number is cut from the right into two pieces of two digits and what remains; each new one takes its pieces from three members of
-    the list drawn at random, or 0 for what remains. The authors take the whole product of the pieces and shuffle it.
-
-    Args:
-        candidates: Numbers, 0 for none [T, K].
-        count: How many are made.
-        generator: Source of the draws.
-    """
-    there = (candidates > 0).float()
-    some = there.sum(dim=1) > 0
-    weight = torch.where(some.unsqueeze(1), there, 1.0)
-    first, middle, last = (
-        candidates.gather(1, torch.multinomial(weight, count, replacement=True, generator=generator)) for _ in range(3)
-    )
-    keeps = torch.rand(first.shape, generator=generator) * (there.sum(dim=1, keepdim=True) + 1) >= 1
-    made = first // 10_000 * keeps * 10_000 + middle // 100 % 100 * 100 + last % 100
-    return made * some.unsqueeze(1)
 
 
 @dataclass(frozen=True)
@@ -137,13 +100,27 @@ class PhaseTrainer(SequenceTrainer):
 
     def _prepare(self, train_data):
         super()._prepare(train_data)
-        if self.phase.lists is not None:
+        if self.settings.targets == "drawn":
+            self.loader = self._drawn_loader()
+        elif self.phase.lists is not None:
             self._places = self.timeline.places(Log.from_dataset(self.dataset))
         # what is drawn is drawn by the order of the tokens, which the order of a file does not change
         self._names = Names.of(self.timeline.dataset, self.timeline.log)
         items = self.dataset.inter_feat[self.dataset.iid_field]
         counts = torch.bincount(items, minlength=self.dataset.item_num)
         self.popularity = by_popularity(counts[self._names.internal])
+
+    def _drawn_loader(self) -> DrawnLoader:
+        """The authors' batches; their rows are positions of the timeline's log."""
+        name, settings, fields = self.phase.name, self.settings, Fields.of(self.model)
+        loader = DrawnLoader(
+            self.timeline.log, self.phase.targets, fields, self.model.POS_ITEM_ID, self.model.max_seq_length, settings.draws[name],
+            settings.draws_batch[name], self.config["seed"] or 0, self.dataset,
+        )  # fmt: skip
+        self.logger.info(
+            f"Each epoch draws {settings.draws[name]} targets of each of {len(loader.users)} users, and where their histories begin."
+        )
+        return loader
 
     def has_to_beat_its_start(self, split: Any, saved: bool) -> None:
         """Let only better weights be kept than those the phase begins with, by its own validation; not asked anew by a resumed one.
@@ -216,7 +193,8 @@ class PhaseTrainer(SequenceTrainer):
         else:
             others, there = self._list(lists, row.cpu(), target.cpu(), hidden, batch)
         others = others.to(target.device)
-        others = others.masked_fill(others == target.unsqueeze(1), 0)
+        if not self.settings.train_padding:
+            others = others.masked_fill(others == target.unsqueeze(1), 0)
         items = torch.cat([target.unsqueeze(1), others], dim=1)
         scores = self.scorer.scores(batch, items, hidden)
         if not bool(there.all()):
@@ -224,6 +202,8 @@ class PhaseTrainer(SequenceTrainer):
             if not bool(there.any()):
                 return scores.sum() * 0.0
             items, scores = items[there], scores[there]
+        if self.settings.train_padding:
+            return list_loss(scores, torch.ones_like(items, dtype=torch.bool), kind, items == items[:, :1])
         return list_loss(scores, items > 0, kind)
 
     def _list(
@@ -231,7 +211,7 @@ class PhaseTrainer(SequenceTrainer):
     ) -> tuple[Tensor, Tensor]:
         """What stands against each target [T, C], 0 for nothing, and which targets have a list [T]."""
         settings, timeline = self.settings, self.timeline
-        position = self._places[row]
+        position = row if self._places is None else self._places[row]
         items, _ = lists.at(timeline.view(position, settings.list_lag))
         items = items[:, : min(settings.list_cloud, settings.list - 1)]
         there = (items > 0).any(dim=1)
@@ -342,6 +322,8 @@ class Phases:
         rate = {"independent": 1.0, "cooperative": settings.cooperative_rate, "retrain": settings.retrain_rate}[name]
         config = self.make_config(epochs=getattr(settings, f"{name}_epochs"), stopping_step=settings.stopping_step)
         config["learning_rate"] *= rate
+        if settings.targets == "drawn":
+            config["positions"] = "last"  # a draw is a row
         if saved and is_ready(folder):
             self._take(folder / "model.safetensors")
             self.seconds[name] = seconds_of(folder)
@@ -349,14 +331,14 @@ class Phases:
             return
         phase = self._phase(name)
         split = self._split(phase, config)
-        validates = self.valid_data and len(phase.valid)
+        validates = self.valid_data and len(phase.valid) and settings.select == "best"
         valid = self.timeline.loader(config, phase.valid, self.valid_data) if validates else None
         init_seed(config["seed"], config["reproducibility"])
         trainer = PhaseTrainer(config, self.scorer, phase, self.timeline, settings)
         if saved:
             trainer.keep_in(folder)
         logger.info(
-            f"Phase {name}: {len(phase.targets)} targets, {phase.loss} loss, {len(phase.valid)} validation rows."
+            f"Phase {name}: {len(phase.targets)} targets, {phase.loss} loss, {len(phase.valid) if valid else 0} validation rows."
         )
         began = perf_counter()
         start = None
@@ -384,7 +366,11 @@ class Phases:
     def _phase(self, name: str) -> Phase:
         settings, timeline = self.settings, self.timeline
         real_time = name == "retrain" or name == "independent" and settings.independent_data == "real_time"
-        targets = timeline.real_time.flatten() if real_time else timeline.train
+        if settings.targets == "drawn":
+            targets = (timeline.real_time if real_time else timeline.last_historical).flatten()
+            targets = targets[targets >= 0]
+        else:
+            targets = timeline.real_time.flatten() if real_time else timeline.train
         valid = self._of_users(timeline.valid if real_time else timeline.history_valid)
         # whoever reads one candidate at a time cannot be compared with the whole catalogue at every step
         independent = settings.independent_loss if self.scorer.ranks_all else "bce"
@@ -402,7 +388,7 @@ class Phases:
         loss = settings.cooperative_loss if name == "cooperative" else independent
         by_list = name == "cooperative" or real_time or not self.scorer.ranks_all
         valid_lists = None
-        if by_list and len(valid):
+        if by_list and len(valid) and settings.select == "best":
             k = min(settings.candidates, timeline.log.n_items - 1)
             views = timeline.view(valid, settings.lag)
             valid_lists = self.cloud.lists(views, k, True, f"stale views of the rows that phase {name} is validated on")
@@ -417,7 +403,7 @@ class Phases:
         reads_windows = (
             shared(config, "positions") != "last" and self.scorer.by_state and is_causal(self.scorer.model)[0]
         )
-        if not phase.real_time:
+        if not phase.real_time or self.settings.targets == "drawn":
             return timeline.split(phase.targets)
         if not reads_windows:
             count = round(self.settings.replay * len(phase.targets))

@@ -47,9 +47,18 @@ def periodically(rate: float, seed: int = 0) -> Policy:
     return Policy(chance, by_number=True)
 
 
-def by_signal(signal: Callable[[Step], Tensor], threshold: Threshold, group: int = 1) -> Policy:
-    """Those ask whose signal is above a threshold. Args: signal; threshold; users who decide together, one after the other."""
-    return Policy(lambda now, fresh, number: threshold.chance(signal(now)), group)
+def by_signal(
+    signal: Callable[[Step], Tensor], threshold: Threshold, group: int = 1, budget: float | None = None
+) -> Policy:
+    """Those ask whose signal is above a threshold.
+
+    Args:
+        signal: Of a step [U].
+        threshold: Of the signal.
+        group: Users, one after the other, who decide together.
+        budget: Largest share of the groups that may ask at a step, whoever comes first.
+    """
+    return Policy(lambda now, fresh, number: threshold.chance(signal(now)), group, budget=budget)
 
 
 def oracle(rate: float, gain: Callable[[Step, Step], Tensor]) -> Policy:

@@ -17,7 +17,7 @@ from recbole_llm.cloud import Lists
 from recbole_llm.device import Device, Seen
 from recbole_llm.evaluation import POINTER
 from recbole_llm.report import row_metric
-from recbole_llm.request import LOWEST, disagreement_at, drawn, drift, footrule, places, uncertainty
+from recbole_llm.request import LOWEST, disagreement_at, drawn, drift, first_come, footrule, places, uncertainty
 from recbole_llm.sequences import Log
 from recbole_llm.timeline import Timeline
 
@@ -94,11 +94,18 @@ class Policy:
             oracle looks at what would come.
         group: Users, one after the other, who share a draw.
         by_number: Whether the number of the step matters.
+        budget: Largest share of the groups that may ask at a step, whoever comes first; None is no limit.
     """
 
     chance: Callable[[Step, Step, int], Tensor]
     group: int = 1
     by_number: bool = False
+    budget: float | None = None
+
+    def drawn(self, now: "Step", fresh: "Step", number: int, generator: torch.Generator) -> Tensor:
+        """Who asks at a step [U]. Args: see `chance`; generator of what is drawn."""
+        asked = drawn(self.chance(now, fresh, number), generator, self.group)
+        return asked if self.budget is None else first_come(asked, self.budget, self.group)
 
 
 @dataclass
@@ -259,8 +266,7 @@ class Replay:
         for number in range(self.steps):
             now = self.first() if number == 0 else self.step(number, view)
             fresh = self.fresh(number)
-            chance = policy.chance(now, fresh, number)
-            asked = drawn(chance, generator, policy.group) & (now.new_items > 0)
+            asked = policy.drawn(now, fresh, number, generator) & (now.new_items > 0)
             stale_rank, fresh_rank = now.rank(fusion), fresh.rank(fusion)
             target = self.targets[:, number]
             view = torch.where(asked, target, view)

@@ -193,6 +193,20 @@ def drawn(chance: Tensor, generator: torch.Generator, group: int = 1) -> Tensor:
     return draw.to(chance.device) < chance
 
 
+def first_come(asked: Tensor, share: float, group: int = 1) -> Tensor:
+    """Those who ask while fewer than a share of all groups have asked, as the authors spend their budget [B].
+
+    Args:
+        asked: Who wants to, alike within a group [B].
+        share: Of the groups, rounded down.
+        group: Users, one after the other, who ask together.
+    """
+    begins = asked[::group]
+    # the share of a whole number of groups is that number, whatever its binary fraction
+    allowed = begins & (begins.cumsum(0) <= int(share * len(begins) + 1e-9))
+    return asked & allowed.repeat_interleave(group)[: len(asked)]
+
+
 @dataclass(frozen=True)
 class Network:
     """What a contact between device and cloud costs.

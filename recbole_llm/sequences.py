@@ -94,7 +94,7 @@ class Log:
             Items `[P, length]`, oldest first, padded on the right with 0, and how many of them are real `[P]`.
         """
         start = torch.maximum(self.offsets[self.user_index(position)], position - length)
-        return _stretch(self.items, start, position, length), position - start
+        return stretch(self.items, start, position, length), position - start
 
 
 def _read_by_list(dataset, order: Tensor, first: Tensor, target: Tensor) -> tuple[bool, Tensor]:
@@ -259,9 +259,10 @@ class WindowLoader:
     def plan(self) -> list[Tensor]:
         """Window numbers of each batch of the current epoch."""
         if self._plan is None or self._plan[0] != self.epoch:
+            generator = torch.Generator().manual_seed((self.seed * _MIX + self.epoch) % 2**63)
+            self.windows = self.windows_of_epoch(generator)
             order, targets = torch.arange(len(self.windows.start)), self.windows.targets()
             if self.shuffle:
-                generator = torch.Generator().manual_seed((self.seed * _MIX + self.epoch) % 2**63)
                 order = torch.randperm(len(order), generator=generator)
                 pool = max(1, POOL * self.targets_per_batch * len(order) // max(1, int(targets.sum())))
                 order = pooled(order, self.windows.end - self.windows.start, pool)
@@ -270,6 +271,10 @@ class WindowLoader:
                 runs = [runs[run] for run in torch.randperm(len(runs), generator=generator).tolist()]
             self._plan = self.epoch, runs
         return self._plan[1]
+
+    def windows_of_epoch(self, generator: torch.Generator) -> Windows:
+        """The windows of the epoch that comes next: always the same. Args: generator, the epoch's own."""
+        return self.windows
 
     def batch(self, chosen: Tensor) -> Interaction:
         """The batch of some windows, given by their numbers `[B]`."""
@@ -281,7 +286,7 @@ class WindowLoader:
         return Interaction(
             {
                 self.fields.user: user,
-                self.fields.items: _stretch(self.log.items, start, end, longest),
+                self.fields.items: stretch(self.log.items, start, end, longest),
                 self.fields.length: end - start,
                 "target_list": torch.where(row >= 0, self.log.items[row], 0),
                 "row_list": row,
@@ -328,7 +333,7 @@ def pack(order: Tensor, weight: Tensor, limit: int) -> list[Tensor]:
     return runs
 
 
-def _stretch(items: Tensor, start: Tensor, end: Tensor, width: int) -> Tensor:
+def stretch(items: Tensor, start: Tensor, end: Tensor, width: int) -> Tensor:
     """`items[start:end]` of each pair as a row `[len(start), width]`, padded on the right with 0."""
     position = start[:, None] + torch.arange(width)
     return torch.where(position < end[:, None], items[position.clamp(max=len(items) - 1)], 0)

@@ -22,6 +22,8 @@ CHOICES = {
     "evaluation": ("static", "stream"),
     "policy": POLICIES,
     "device_size": ("small", "recbole"),
+    "targets": ("all", "drawn"),
+    "select": ("best", "last"),
     "upload": ("delta", "stateless"),
 }
 RANGES = {
@@ -35,7 +37,7 @@ RANGES = {
 AFTER_TRAINING = frozenset(
     f"lsc_{name}"
     for name in (
-        "own_candidates", "fusion", "norm", "alpha", "alpha_by_age", "policy", "rate", "rates", "measure", "threshold",
+        "own_candidates", "fusion", "norm", "alpha", "alpha_by_age", "policy", "rate", "rates", "measure", "threshold", "budget",
         *(field.name for field in fields(Network)),
     )
 )  # fmt: skip
@@ -72,6 +74,11 @@ class Collaboration:
     base_weight: float
     keep_better: bool
     replay: float
+    targets: str
+    draws: dict
+    draws_batch: dict
+    select: str
+    train_padding: bool
     fusion: str
     norm: str
     alpha: float | None
@@ -81,6 +88,7 @@ class Collaboration:
     rates: tuple[float, ...]
     measure: str
     threshold: str
+    budget: bool
     device_size: str
     upload: str
     rtt_ms: float
@@ -111,11 +119,33 @@ class Collaboration:
             raise ValueError(
                 "lsc_fusion=code: has neither an alpha nor a scale; there is lsc_fusion=linear. Set it, or neither lsc_alpha nor lsc_norm."
             )
-        for name in ("keep_better", "alpha_by_age"):
+        for name in ("keep_better", "alpha_by_age", "train_padding", "budget"):
             if not isinstance(merged[name], bool):
                 raise ValueError(
                     f"lsc_{name}={merged[name]}: is neither true nor false; there are True and False. Set lsc_{name}."
                 )
+        for name in ("draws", "draws_batch"):
+            if not isinstance(merged[name], dict) or set(merged[name]) != set(PHASES):
+                raise ValueError(
+                    f"lsc_{name}={merged[name]}: needs a number for each phase; there is {dict.fromkeys(PHASES, 1)}, say. Set lsc_{name}."
+                )
+            for phase, count in merged[name].items():
+                check_range({f"lsc_{name}[{phase}]": count}, f"lsc_{name}[{phase}]", 1, None)
+        if merged["train_padding"] and merged["cooperative_loss"] == "listwise":
+            raise ValueError(
+                "lsc_train_padding=True: a softmax over a list has one target and no padding; there is lsc_cooperative_loss=bce. Set it, "
+                "or lsc_train_padding=False."
+            )
+        if merged["keep_better"] and merged["select"] == "last":
+            raise ValueError(
+                "lsc_select=last: nothing is validated, so nobody can say whether a phase got better; there is lsc_keep_better=False. Set "
+                "it, or lsc_select=best."
+            )
+        if merged["targets"] == "drawn" and merged["replay"]:
+            raise ValueError(
+                f"lsc_replay={merged['replay']}: draws are of a user's last three targets alone; there is lsc_targets=all. Set it, or "
+                "lsc_replay=0."
+            )
         if merged["fusion"] == "code" and merged["own_candidates"]:
             raise ValueError(
                 f"lsc_own_candidates={merged['own_candidates']}: the authors' fusion ranks the cloud's candidates alone; there is "

@@ -96,6 +96,12 @@ class Timeline:
         return self.valid.unsqueeze(1) + torch.arange(-REAL_TIME, 0)
 
     @property
+    def last_historical(self) -> Tensor:
+        """The last three historical targets [U, 3], -1 for one that a user has not; the authors' code trains on these alone."""
+        found = self.valid.unsqueeze(1) - REAL_TIME + torch.arange(-REAL_TIME, 0)
+        return torch.where(found > self.log.offsets[self.users].unsqueeze(1), found, -1)
+
+    @property
     def shown(self) -> Tensor:
         """Targets of the end [U, S]; no training, and no choice of a setting, knows them."""
         return self.valid.unsqueeze(1) + torch.arange(1, self.steps + 1)

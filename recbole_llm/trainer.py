@@ -411,7 +411,7 @@ class SequenceTrainer(Trainer):
             "optimizer": optimizer_values,
             "random": random_values,
             "all_positions": self.all_positions,
-            "loader": self.loader.state() if self.all_positions else None,
+            "loader": self.loader.state() if isinstance(self.loader, WindowLoader) else None,
         }
         checkpoint.write_resume(self.saved_model_file, tensors, values | self.resume_values())
 
@@ -430,7 +430,7 @@ class SequenceTrainer(Trainer):
         for name, generator in self._generators().items():
             if (state := tensors.get(f"generator.{name}")) is not None:  # older states know fewer generators
                 generator.set_state(state)
-        if self.all_positions:
+        if isinstance(self.loader, WindowLoader):
             self.loader.set_state(values["loader"])
         checkpoint.set_random_state(checkpoint.within("random", tensors), values["random"])
         if validates and self.cur_step > self.stopping_step:

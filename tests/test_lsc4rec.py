@@ -99,6 +99,8 @@ def test_code_mode_trains_and_fuses_as_the_authors_code(source):
     run.trainer.evaluate(run.data[2])
     groups = run.trainer.outcome.asked[:, 0].split(16)
     assert all(bool((group == group[0]).all()) for group in groups)
+    # thresholds are quantiles of all users' scores, of whom the first floor(0.4 * groups) groups may ask
+    assert sum(bool(group[0]) for group in groups) <= int(0.4 * len(groups))
 
 
 def test_a_sample_of_users_is_evaluated(source):

@@ -9,7 +9,7 @@ from recbole.utils import get_model, get_trainer
 
 from recbole_llm.checkpoint import read_checkpoint
 from recbole_llm.collaboration import policy_of
-from recbole_llm.phases import PhaseTrainer, digit_neighbours, list_loss
+from recbole_llm.phases import PhaseTrainer
 from recbole_llm.quick_start import run_recbole_llm
 from recbole_llm.recommend import load_recommender
 from tests.collaborations import SMALL, changed, fitted, prepared
@@ -117,22 +117,6 @@ def test_a_list_is_never_longer_than_it_may_be(source):
     )
     run.trainer.fit(run.data[0], run.data[1])
     assert set(widths) == {4}
-
-
-def test_list_loss_by_hand():
-    """Section 2.2 of the method document: mean binary cross entropy over the list; padding counts for nothing."""
-    scores, there = torch.tensor([[2.0, 0.0, 5.0]]), torch.tensor([[True, True, False]])
-    assert float(list_loss(scores, there, "bce")) == pytest.approx((0.126928 + 0.693147) / 2, abs=1e-5)
-    assert float(list_loss(scores, there, "listwise")) == pytest.approx(0.126928, abs=1e-5)
-
-
-def test_neighbours_by_digits_are_made_of_the_lists_pieces():
-    """Section 2.2: {7391, 1208, 11954} gives pieces F = {0, 1}, S = {73, 12, 19}, T = {91, 8, 54}."""
-    made = digit_neighbours(torch.tensor([[7391, 1208, 11954], [0, 0, 0]]), 500, torch.Generator().manual_seed(0))
-    possible = {
-        first * 10_000 + middle * 100 + last for first in (0, 1) for middle in (73, 12, 19) for last in (91, 8, 54)
-    }
-    assert set(made[0].tolist()) == possible and not made[1].any()
 
 
 def test_hard_negatives_are_what_they_are_called(source):

@@ -17,6 +17,7 @@ from recbole_llm.request import (
     disagreement_at,
     drawn,
     drift,
+    first_come,
     footrule,
     fused,
     normalised,
@@ -467,3 +468,20 @@ def test_scores_that_are_no_numbers_are_refused():
 
 def test_nobody_has_no_score():
     assert len(code_score(torch.zeros(0, 5), torch.zeros(0, 5), torch.zeros(0, 5, dtype=torch.bool))) == 0
+
+
+@pytest.mark.parametrize(
+    ("share", "group", "expected"),
+    [(1.0, 1, [1, 0, 1, 1, 0, 1]), (0.5, 1, [1, 0, 1, 1, 0, 0]), (0.3, 1, [1, 0, 0, 0, 0, 0]), (0.0, 1, [0] * 6)],
+)
+def test_a_budget_is_spent_on_whoever_comes_first(share, group, expected):
+    """Section 4: requests so far < floor(share * number of batches)."""
+    asked = torch.tensor([True, False, True, True, False, True])
+    assert first_come(asked, share, group).int().tolist() == expected
+
+
+def test_a_budget_of_groups_counts_groups():
+    asked = torch.tensor([True] * 2 + [False] * 2 + [True] * 3)  # groups of two; the last has one
+    assert first_come(asked, 0.5, 2).int().tolist() == [1, 1, 0, 0, 1, 1, 0]
+    assert first_come(asked, 0.25, 2).int().tolist() == [1, 1, 0, 0, 0, 0, 0]
+    assert first_come(torch.ones(100, dtype=torch.bool), 0.29).sum() == 29  # 0.29 * 100 is 28.999999999999996

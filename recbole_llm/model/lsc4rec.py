@@ -5,9 +5,11 @@ Paper: Lv et al., "Collaboration of Large Language Models and Small Recommendati
 
 Differs from the authors' code: the cloud and the first two phases see historical rows only (timeline.py says what that is), training
 lists are as stale as those at inference, every choice is made on validation, and requests are decided per user. `lsc_mode: code` brings
-back their losses, real-time data in the first phase, training lists (fresh, with the target, digit negatives), fusion, and one decision per
-16 users at a threshold from test scores. It does not bring back their three-target windows and random starts, their fixed numbers of
-epochs, trained padding, invalid ids, or the order in which their budget of requests is spent. The full text of the paper was not at hand.
+back their losses, real-time data in the first phase, targets and starts of histories as they draw them (draws.py), fixed numbers of epochs
+and the last weights, training lists (fresh, with the target, digit negatives, trained padding), fusion, one decision per 16 users at a
+threshold from test scores, and a budget that is spent on whoever comes first. In both modes the cloud sees historical rows only and
+proposes real items only (theirs writes ids that may not exist), its training lists are made of whole histories, negatives are drawn of all
+items, and users with fewer than S + 6 items are counted out. The full text of the paper was not at hand.
 """
 
 from collections import OrderedDict
