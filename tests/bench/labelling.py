@@ -1,11 +1,13 @@
-"""Rows that BIGRec labels per second: as we do it, and as its authors call Hugging Face.
+"""Rows that BIGRec labels per second, as we do it and as its authors call Hugging Face; and whether the lists are the same.
 
-`python -m tests.bench.labelling`; half an hour on 2 cores. SmolLM2-135M-Instruct, briefly tuned so that its answers end, labels
-training rows of ml-100k. Peer: `generate` in batches of 8 in the order of the file, padded on the left, 4 beams, up to 32 tokens; then
-the LLM's vector of what was written, torch.cdist to every item and a double argsort. Sides take turns in one process, all in float32,
-whatever else the machine has. Floor: the multiplications of the prompts' tokens that are not shared and of the answers' tokens, at the
-rate of a measured matrix product. Quality: top-10 lists at equal beams and rows, of our way, of the same without its shortcuts
-("plain"), and of the peer's, whose search goes on behind the end of a title, so that other titles may win it.
+`python -m tests.bench.labelling`, half an hour on 2 cores; `--part quality --quality 1000`, two hours on one. SmolLM2-135M-Instruct,
+briefly tuned so that its answers end, labels training rows of ml-100k. Peer: `generate` in batches of 8 in the order of the file, padded
+on the left, 4 beams, up to 32 tokens; then the LLM's vector of what was written, torch.cdist to every item and a double argsort. Sides
+take turns in one process, all in float32, whatever else the machine has. Floor: the multiplications of the prompts' tokens that are not
+shared and of the answers' tokens, at the rate of a measured matrix product. Quality: lists at equal beams and rows. Greedily the peer's way
+has none of our shortcuts (batches by length, the shared beginning, rows that leave when they are complete, one answer for equal histories,
+vectors of titles that are known, FAISS); with 4 beams its search goes on behind the end of a title, so that other titles may win it, and
+"plain" is our search on whole prompts.
 """
 
 import argparse
@@ -19,7 +21,7 @@ from recbole.data import data_preparation
 from recbole.utils import get_model, init_seed
 
 from recbole_llm import decoding
-from recbole_llm.artifacts import write_json
+from recbole_llm.artifacts import read_json, write_json
 from recbole_llm.config import Config
 from recbole_llm.dataset import create_dataset
 from recbole_llm.decoding import common_prefix
@@ -27,13 +29,14 @@ from recbole_llm.hooks import replaced
 from recbole_llm.knowledge import rows_to_label
 from recbole_llm.labelling import Labeller, rows_of_a_shard
 from recbole_llm.prompts import answer, read_answer
+from recbole_llm.report import row_metric
 from recbole_llm.rows import at_random
 from recbole_llm.sequences import Log
 from recbole_llm.tokens import padded
 from recbole_llm.trainer import trainer_class
 
 RESULTS = Path(__file__).parent / "labelling.json"
-BATCH, BEAMS, LONGEST, K = 8, 4, 32, 10
+BATCH, BEAMS, LONGEST, K, TOP = 8, 4, 32, 20, 10
 SHARD = rows_of_a_shard(64, 4096)
 
 
@@ -75,15 +78,16 @@ class AuthorsWay:
         return written
 
     def label(self, rows: torch.Tensor) -> torch.Tensor:
-        """The ten best items of each row [R, K]."""
+        """The best items of each row [R, K]."""
         vectors = self.model.encoder.embed([title or " " for title in self.write(rows)], batch_size=BATCH)
         distance = torch.cdist(vectors, self.items[1:])
-        rank = distance.argsort(dim=1).argsort(dim=1)
-        return (rank < K).nonzero()[:, 1].view(len(rows), K) + 1
+        order = distance.argsort(dim=1)
+        order.argsort(dim=1)  # the rank of every item, which the authors read
+        return order[:, :K] + 1
 
 
 def ours(model, log: Log, rows: torch.Tensor, beams: int) -> torch.Tensor:
-    """The ten best items of each row, labelled in the shards of a Knowledge of 4,096 rows [R, K]."""
+    """The best items of each row, labelled in the shards of a Knowledge of 4,096 rows [R, K]."""
     model.config["generate_beams"] = beams
     model.shared.written.clear()
     found = {}
@@ -120,56 +124,91 @@ def overlap(first: torch.Tensor, second: torch.Tensor) -> float:
     return float((first.unsqueeze(2) == second.unsqueeze(1)).any(dim=2).float().mean())
 
 
+def rates(model, log: Log, few: torch.Tensor, rows: torch.Tensor, turns: int, peer: AuthorsWay) -> dict:
+    """Rows per second of both sides in turns. Args: few, what the peer labels; rows, what we do."""
+    found: dict[str, list[float]] = {"authors, 4 beams": [], "ours, 4 beams": [], "ours": []}
+    floor = []
+    for turn in range(turns):
+        found["authors, 4 beams"].append(len(few) / seconds_of(peer.label, few)[0])
+        found["ours, 4 beams"].append(len(rows) / 4 / seconds_of(ours, model, log, rows[turn % 4 :: 4], BEAMS)[0])
+        spent, _ = seconds_of(ours, model, log, rows, 1)
+        found["ours"].append(len(rows) / spent)
+        floor.append(spent / least_seconds(model, log, rows))
+        print(turn, {name: round(each[-1], 2) for name, each in found.items()}, f"floor {floor[-1]:.2f}")
+    pairs = {
+        name: [one / other for one, other in zip(found[name], found["authors, 4 beams"], strict=True)]
+        for name in ("ours", "ours, 4 beams")
+    }
+    return {
+        "rows per second": found,
+        "ours / authors": pairs["ours"],
+        "ours / authors, 4 beams": pairs["ours, 4 beams"],
+        "ours / floor": floor,
+    }
+
+
+def compared(lists: dict[str, torch.Tensor], targets: torch.Tensor) -> dict[str, float]:
+    """Hits of each way's lists, and how much of ours' first ten is in the others'. Args: lists [R, K]; targets [R]."""
+    found: dict[str, float] = {"rows": len(targets)}
+    for name, items in lists.items():
+        hit = items == targets.unsqueeze(1)
+        rank = torch.where(hit.any(dim=1), hit.int().argmax(dim=1), -1).tolist()
+        found |= {f"{metric}@{K} {name}": float(row_metric(rank, metric, K).mean()) for metric in ("recall", "ndcg")}
+        if name != "ours":
+            found[f"overlap with {name}"] = overlap(lists["ours"][:, :TOP], items[:, :TOP])
+            found[f"equal lists, {name}"] = float((lists["ours"][:, :TOP] == items[:, :TOP]).all(dim=1).float().mean())
+    return found
+
+
 def main() -> None:
-    """Take turns, print the table, write the JSON."""
+    """Take turns, compare the lists, write the JSON after each part, print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--rows", type=int, default=64, help="rows that the peer labels in a turn; ours labels eight times as many"
     )
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--quality", type=int, default=256, help="rows whose lists are compared")
+    parser.add_argument("--peer", type=int, default=48, help="rows of these that the peer labels with 4 beams")
+    parser.add_argument("--part", default="all", choices=["all", "rates", "quality"])
     asked = parser.parse_args()
     transformers.logging.set_verbosity_error()
-    results: dict = {"threads": torch.get_num_threads()}
+    results: dict = read_json(RESULTS) if RESULTS.is_file() else {}
+    results["threads"] = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:
         model, dataset = tuned(folder, 128)
         log = Log.from_dataset(dataset)
-        rows = rows_to_label(model, at_random(log, (), 1), 8 * asked.rows)
-        few = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[: asked.rows]].sort().values
         peers = {beams: AuthorsWay(model, log, beams) for beams in (1, BEAMS)}
-        rates: dict[str, list[float]] = {"authors, 4 beams": [], "ours, 4 beams": [], "ours": []}
-        floor = []
-        for turn in range(asked.turns):
-            rates["authors, 4 beams"].append(len(few) / seconds_of(peers[BEAMS].label, few)[0])
-            rates["ours, 4 beams"].append(len(rows) / 4 / seconds_of(ours, model, log, rows[turn % 4 :: 4], BEAMS)[0])
-            spent, _ = seconds_of(ours, model, log, rows, 1)
-            rates["ours"].append(len(rows) / spent)
-            floor.append(spent / least_seconds(model, log, rows))
-            print(turn, {name: round(each[-1], 2) for name, each in rates.items()}, f"floor {floor[-1]:.2f}")
-        results["rows per second"] = rates
-        results["ours / authors"] = [
-            one / other for one, other in zip(rates["ours"], rates["authors, 4 beams"], strict=True)
-        ]
-        results["ours / authors, 4 beams"] = [
-            one / other for one, other in zip(rates["ours, 4 beams"], rates["authors, 4 beams"], strict=True)
-        ]
-        results["ours / floor"] = floor
-        results["quality"] = {}
-        some = rows_to_label(model, at_random(log, (), 2), asked.quality)
-        targets = log.items[log.rows()[some]].unsqueeze(1)
-        for beams in (1, BEAMS):
-            lists = {"authors": peers[beams].label(some), "ours": ours(model, log, some, beams)}
+        if asked.part != "quality":
+            rows = rows_to_label(model, at_random(log, (), 1), 8 * asked.rows)
+            few = (
+                rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[: asked.rows]].sort().values
+            )
+            results |= rates(model, log, few, rows, asked.turns, peers[BEAMS])
+            write_json(RESULTS, results)
+            for name in ("ours / authors", "ours / authors, 4 beams", "ours / floor"):
+                print(f"{name}: {', '.join(f'{value:.2f}' for value in results[name])}")
+        if asked.part != "rates":
+            some = rows_to_label(model, at_random(log, (), 2), asked.quality)
+            targets = log.items[log.rows()[some]]
+            results["quality"] = {}
+
+            def say(name: str, lists: dict[str, torch.Tensor], count: int) -> None:
+                results["quality"][name] = compared(
+                    {way: items[:count] for way, items in lists.items()}, targets[:count]
+                )
+                write_json(RESULTS, results)
+                print(name, results["quality"][name], flush=True)
+
+            say("1 beam", {"ours": ours(model, log, some, 1), "authors": peers[1].label(some)}, len(some))
+            lists = {"ours": ours(model, log, some, BEAMS)}
             # every prompt read whole, by `generate`, up to the title's end
             with replaced(decoding, "shared_cache", lambda *_: None):
-                lists["plain"] = ours(model, log, some, beams)
-            results["quality"][f"{beams} beams"] = {
-                **{f"HR@10 {name}": float((each == targets).any(dim=1).float().mean()) for name, each in lists.items()},
-                **{f"overlap with {name}": overlap(lists["ours"], lists[name]) for name in ("plain", "authors")},
-            }  # fmt: skip
-        print(results["quality"])
-    write_json(RESULTS, results)
-    for name in ("ours / authors", "ours / authors, 4 beams", "ours / floor"):
-        print(f"{name}: {', '.join(f'{value:.2f}' for value in results[name])}")
+                lists["plain"] = ours(model, log, some, BEAMS)
+            say(f"{BEAMS} beams", lists, len(some))
+            few = asked.peer if asked.peer < len(some) else len(some)
+            say(
+                f"{BEAMS} beams, authors", {"ours": lists["ours"][:few], "authors": peers[BEAMS].label(some[:few])}, few
+            )
 
 
 if __name__ == "__main__":
