@@ -25,6 +25,8 @@ INDEXES: dict[str, tuple[str, str]] = {
     "ivfpq": ("IVF{lists},PQ{parts}x4fs,RFlat", "nprobe={probes},k_factor_rf=20"),
 }
 
+_REFINED = ",RFlat"
+"""End of a factory string whose index tells the best apart by their vectors."""
 _QUERIES_AT_A_TIME = 64
 _SEARCHED_AT_A_TIME = 512
 _MARGIN = 16
@@ -192,13 +194,14 @@ class Grounder:
 
     def _built(self, factory: str, vectors, taught: int | None = None):
         kind = self._faiss.METRIC_L2 if self.metric == "l2" else self._faiss.METRIC_INNER_PRODUCT
-        index = self._faiss.index_factory(self.width, factory, kind)
+        index = self._faiss.index_factory(self.width, factory.removesuffix(_REFINED), kind)
         # several threads would link an HNSW graph in an order that no seed fixes; in which list an item stands, quick distances may say,
         # which build the lists of a million items in a third of the time
         with _threads(self._faiss, 1, direct=self.index != "ivfpq"):
             index.train(vectors[:: -(-len(vectors) // (taught or len(vectors)))])
             index.add(vectors)
-        return index
+        # the exact index has the vectors, which FAISS would keep a second time
+        return self._faiss.IndexRefine(index, self._exact) if factory.endswith(_REFINED) else index
 
     def _measured_recall(self, item_vectors: Tensor) -> float:
         """Recall at points half-way between two items: an item itself as query would be found too easily."""

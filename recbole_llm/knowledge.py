@@ -47,8 +47,8 @@ from recbole_llm.teacher import (
     teacher_folder,
 )
 
-FORMAT = 2
-"""Part of the key of a Knowledge; 1 had scores that the beams of P5 never gave."""
+FORMAT = 3
+"""Part of the key of a Knowledge; 1 had scores that the beams of P5 never gave, 2 target scores that an approximate index had not found."""
 
 
 @dataclass
