@@ -45,6 +45,7 @@ bench: $(READY) ## Speed and memory as ratios within one run; prints tables, wri
 	$(BIN)/python -m tests.bench.serving
 	$(BIN)/python -m tests.bench.beams
 	$(BIN)/python -m tests.bench.grounding
+	$(BIN)/python -m tests.bench.int8
 	$(BIN)/python -m tests.bench.inference
 
 bench-full: $(READY) ## Time to RecBole's quality, quality after convergence, phase A of Lite-LLM4Rec, labelling by an LLM, a million items; hours
