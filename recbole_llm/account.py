@@ -16,7 +16,7 @@ from recbole_llm.artifacts import read_json, write_json
 from recbole_llm.collaboration import ALPHAS, POLICIES, policy_of
 from recbole_llm.policies import always, never
 from recbole_llm.replay import Fusion, Replay, mean_over
-from recbole_llm.report import Line, draw, half_width, paired_gain, row_metric
+from recbole_llm.report import Line, draw, half_width, in_brackets, paired_gain, row_metric
 from recbole_llm.request import LOWEST
 
 RANDOM_SEEDS = 5
@@ -107,7 +107,7 @@ class Account:
                 f"{costs['request_rate']:.1%}",
                 f"{row.score:.4f} ±{row.half:.4f}",
                 "-" if np.isnan(row.kept[0]) else f"{row.kept[0]:.0%} [{row.kept[1]:.0%}, {row.kept[2]:.0%}]",
-                "{:+.1%} [{:+.1%}, {:+.1%}]".format(*row.over),
+                in_brackets(*row.over),
                 f"{row.valid:.4f} at {row.valid_rate:.1%}",
                 f"{costs['cloud_calls']:.2f}",
                 f"{costs['candidate_recall']:.1%}",
@@ -120,10 +120,7 @@ class Account:
         for policy, why in self.nothing.items():
             body.append([f"{policy}: n/a, {why}", *["-"] * (len(head) - 1)])
         names = list(next(iter(self.differences.values())))
-        against = [
-            [name, *[f"{gain:+.1%} [{low:+.1%}, {high:+.1%}]" for gain, low, high in gains.values()]]
-            for name, gains in self.differences.items()
-        ]
+        against = [[name, *[in_brackets(*gain) for gain in gains.values()]] for name, gains in self.differences.items()]
         return "\n".join([
             "Both together, never asked, against the others (95 % by paired bootstrap over users):",
             draw(["against", *names], against),
@@ -187,7 +184,7 @@ class Accountant:
             *self._area_sentences(areas),
             *self._prices(replay),
         ]
-        if not alone:
+        if not self.trainer.model.scorer.ranks_all:
             sentences.append(f"{device} alone on the whole catalogue: n/a, it scores one item at a time.")
         fusions = self.trainer.fusions
         chosen = {"alpha": fusions.alpha, "norm": fusions.norm, "metric": self.config["valid_metric"]}
@@ -352,7 +349,7 @@ class Accountant:
         besides = f", and finds its own {replay.own} in the whole catalogue," if replay.own else ""
         return [
             f"The device model has {size / 1e6:.2f} MB and re-ranks {k} candidates{besides} in {costs.device_ms:.2f} ms (median); the "
-            f"cloud takes {costs.cloud_ms:.1f} ms a list, {threads} threads. Sent once after a re-training, the model is "
+            f"cloud takes {costs.cloud_ms:.1f} ms a list, {threads} threads. Sent once after its last training, the model is "
             f"{size / replay.steps:,.0f} bytes a recommendation, as much as {size / max(1, one):,.0f} lists. "
             f"A user's first list, {one} bytes, is a call and no request."
         ]

@@ -108,7 +108,7 @@ class Trial:
         def chance(age: int, number: int) -> Tensor:
             key = age, number if policy.by_number else 0
             if key not in known:
-                known[key] = policy.chance(self.at(age), self.fresh, number)
+                known[key] = policy.within_budget(policy.chance(self.at(age), self.fresh, number))
             return known[key]
 
         def value(step: Step) -> np.ndarray:
@@ -302,6 +302,8 @@ def policy_of(
     }
     if name == "periodic" and settings.steps == 1:
         return "one step has no period"
+    if trial.steps == 1 and not trial.lag and name not in ("never", "always"):
+        return "no list is behind"
     if name in free:
         return Asks(free[name], free[name])
     if name == "learned":
@@ -310,7 +312,8 @@ def policy_of(
         learned = Learned(trial, gain, seed)
         # models of half and of all users are not equally bold, so each has a threshold of its own
         signals = (learned, learned.out_of_fold)
-        return Asks(*(by_signal(signal, trial.threshold(signal, rate)) for signal in signals))
+        budget = rate if settings.budget else None
+        return Asks(*(by_signal(signal, trial.threshold(signal, rate), budget=budget) for signal in signals))
     signal = partial(SIGNALS[name], measure=settings.measure)
     if name == "history-drift" and trial.fresh.moved is None:
         return "the device has no item vectors"

@@ -242,16 +242,23 @@ def wrong_role_settings(config: RecBoleConfig, role: str, name: str, dataset: st
 
 def unsuited(student: str) -> str | None:
     """Why one of RecBole's sequential models cannot be a student: it needs more than item sequences; None if it can."""
+    if not (own := needs_more(student)):
+        return None
+    return (
+        f"student={student}: it has {own} and takes more than item sequences, which cannot be distilled into. {SUITED}"
+    )
+
+
+def needs_more(model: str) -> str:
+    """What one of RecBole's sequential models has, if it needs more than item sequences; empty if it does not."""
     import recbole.data.dataset
     import recbole.trainer
 
     homes = {"Dataset": recbole.data.dataset, "Trainer": recbole.trainer}
-    own = [f"a {kind} of its own in RecBole" for kind, home in homes.items() if f"{student}{kind}" in vars(home)]
-    if "selected_features" in read_yaml(recbole_yaml(student)):
+    own = [f"a {kind} of its own in RecBole" for kind, home in homes.items() if f"{model}{kind}" in vars(home)]
+    if "selected_features" in read_yaml(recbole_yaml(model)):
         own.append("features of the items as input")
-    if not own:
-        return None
-    return f"student={student}: it has {' and '.join(own)} and takes more than item sequences, which cannot be distilled into. {SUITED}"
+    return " and ".join(own)
 
 
 SUITED = "Set student to SASRec, GRU4Rec, NARM, STAMP, Caser or LightSANs, say."

@@ -175,23 +175,22 @@ class PhaseTrainer(SequenceTrainer):
         """Loss of the phase, and of the base beside it."""
         phase = self.phase
         hidden, target, row = self.targets_of(batch)
-        main = self._loss(phase.loss, batch, hidden, target, row)
+        main = self._loss(phase.loss, batch, hidden, target, row, phase.name == "cooperative")
         if not phase.base_weight:
             return main
-        return main, phase.base_weight * self._loss(phase.base, batch, hidden, target, None)
+        return main, phase.base_weight * self._loss(phase.base, batch, hidden, target, row, False)
 
-    def _loss(self, kind: str, batch: Any, hidden: Tensor | None, target: Tensor, row: Tensor | None) -> Tensor:
-        lists = self.phase.lists if row is not None else None
-        if lists is None and kind == "softmax":
+    def _loss(self, kind: str, batch: Any, hidden: Tensor | None, target: Tensor, row: Tensor, by_list: bool) -> Tensor:
+        if not by_list and kind == "softmax":
             if self.scorer.by_state:
                 return self.item_loss(hidden, self.model.item_embedding.weight, target)
             scores = self.model.full_sort_predict(batch).view(len(target), -1)
             return functional.cross_entropy(scores.float(), target)
-        if lists is None:
+        if not by_list:
             others = self._random(len(target), self.settings.negatives, None)
             there = torch.ones(len(target), dtype=torch.bool)
         else:
-            others, there = self._list(lists, row.cpu(), target.cpu(), hidden, batch)
+            others, there = self._list(row.cpu(), target.cpu(), hidden, batch)
         others = others.to(target.device)
         if not self.settings.train_padding:
             others = others.masked_fill(others == target.unsqueeze(1), 0)
@@ -206,11 +205,12 @@ class PhaseTrainer(SequenceTrainer):
             return list_loss(scores, torch.ones_like(items, dtype=torch.bool), kind, items == items[:, :1])
         return list_loss(scores, items > 0, kind)
 
-    def _list(
-        self, lists: Lists, row: Tensor, target: Tensor, hidden: Tensor | None, batch: Any
-    ) -> tuple[Tensor, Tensor]:
+    def _list(self, row: Tensor, target: Tensor, hidden: Tensor | None, batch: Any) -> tuple[Tensor, Tensor]:
         """What stands against each target [T, C], 0 for nothing, and which targets have a list [T]."""
-        settings, timeline = self.settings, self.timeline
+        settings, timeline, lists = self.settings, self.timeline, self.phase.lists
+        if lists is None:  # nothing of the cloud's is wanted
+            none = torch.zeros(len(row), 0, dtype=torch.long)
+            return self._hard(settings.list - 1, none, hidden, batch), torch.ones(len(row), dtype=torch.bool)
         position = row if self._places is None else self._places[row]
         items, _ = lists.at(timeline.view(position, settings.list_lag))
         items = items[:, : min(settings.list_cloud, settings.list - 1)]
@@ -368,7 +368,13 @@ class Phases:
         real_time = name == "retrain" or name == "independent" and settings.independent_data == "real_time"
         if settings.targets == "drawn":
             targets = (timeline.real_time if real_time else timeline.last_historical).flatten()
-            targets = targets[targets >= 0]
+            # where the last of them is validated on, it trains nobody
+            kept = (
+                targets >= 0
+                if settings.select == "last"
+                else (targets >= 0) & ~torch.isin(targets, timeline.history_valid)
+            )
+            targets = targets[kept]
         else:
             targets = timeline.real_time.flatten() if real_time else timeline.train
         valid = self._of_users(timeline.valid if real_time else timeline.history_valid)

@@ -104,8 +104,11 @@ class Policy:
 
     def drawn(self, now: "Step", fresh: "Step", number: int, generator: torch.Generator) -> Tensor:
         """Who asks at a step [U]. Args: see `chance`; generator of what is drawn."""
-        asked = drawn(self.chance(now, fresh, number), generator, self.group)
-        return asked if self.budget is None else first_come(asked, self.budget, self.group)
+        return self.within_budget(drawn(self.chance(now, fresh, number), generator, self.group))
+
+    def within_budget(self, asks: Tensor) -> Tensor:
+        """Who asks, or with which chance, while the budget lasts [U]."""
+        return asks if self.budget is None else asks * first_come(asks > 0, self.budget, self.group)
 
 
 @dataclass

@@ -82,6 +82,11 @@ def half_width(values: np.ndarray) -> float:
     return Z95 * float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else float("nan")
 
 
+def in_brackets(gain: float, low: float, high: float) -> str:
+    """A relative difference and its interval; n/a where there is nothing to compare with."""
+    return "n/a" if math.isnan(gain) else f"{gain:+.1%} [{low:+.1%}, {high:+.1%}]"
+
+
 def paired_gain(ours: np.ndarray, theirs: np.ndarray, draws: int = 2000, seed: int = 0) -> tuple[float, float, float]:
     """Relative difference of two means over the same rows, and its 95 % bootstrap interval over rows.
 

@@ -8,6 +8,7 @@ from recbole_llm.config import check_range, choice
 from recbole_llm.phases import PHASES
 from recbole_llm.policies import MEASURES
 from recbole_llm.request import NORMS, Network
+from recbole_llm.timeline import REAL_TIME
 
 CHOICES = {
     "independent_loss": ("softmax", "bce"),
@@ -150,6 +151,16 @@ class Collaboration:
             raise ValueError(
                 f"lsc_own_candidates={merged['own_candidates']}: the authors' fusion ranks the cloud's candidates alone; there is "
                 "lsc_fusion=linear. Set lsc_fusion, or lsc_own_candidates=0."
+            )
+        for name in ("rates", "phases"):
+            if not merged[name]:
+                raise ValueError(
+                    f"lsc_{name}=[]: needs one at least; there is {'0.2' if name == 'rates' else ', '.join(PHASES)}. Set lsc_{name}."
+                )
+        if merged["lag"] > REAL_TIME + 1:
+            raise ValueError(
+                f"lsc_lag={merged['lag']}: lists that far behind the validation targets are of histories whose next items the cloud was "
+                f"trained on; there is 0 to {REAL_TIME + 1}. Set lsc_lag."
             )
         for rate in merged["rates"]:
             check_range({"lsc_rates": rate}, "lsc_rates", 0.0, 1.0)

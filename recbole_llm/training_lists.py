@@ -38,6 +38,8 @@ def digit_neighbours(candidates: Tensor, count: int, generator: torch.Generator)
         count: How many are made.
         generator: Source of the draws.
     """
+    if not candidates.shape[1]:
+        return candidates.new_zeros(len(candidates), count)
     there = (candidates > 0).float()
     some = there.sum(dim=1) > 0
     weight = torch.where(some.unsqueeze(1), there, 1.0)

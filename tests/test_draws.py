@@ -5,9 +5,9 @@ import torch
 from recbole.quick_start import run_recbole
 
 from recbole_llm.draws import DrawnLoader, drawn_windows
-from recbole_llm.phases import PhaseTrainer
+from recbole_llm.phases import Phases, PhaseTrainer
 from recbole_llm.sequences import Fields, Log
-from tests.collaborations import SMALL, prepared
+from tests.collaborations import SMALL, fitted, prepared
 
 FIELDS = Fields("items", "length", "user")
 
@@ -85,6 +85,46 @@ def test_code_mode_trains_on_the_last_three_targets_for_ten_ten_and_eight_epochs
     assert max(map(len, batches[next(key for key in batches if key[0] == 5)])) <= 128
     assert max(map(len, batches[next(key for key in batches if key[0] == 1)])) <= 32
     assert [run.trainer.phases.settings.retrain_rate, run.trainer.phases.settings.select] == [1.0, "last"]
+
+
+@pytest.mark.parametrize("targets", ["all", "drawn"])
+@pytest.mark.parametrize("data", ["history", "real_time"])
+def test_no_phase_is_validated_on_what_it_trains_on(source, targets, data):
+    run = prepared(source, lsc_targets=targets, lsc_independent_data=data, lsc_list_cloud=0)
+    trained = []
+    original = Phases._phase
+
+    def spy(self, name):
+        trained.append(original(self, name))
+        return trained[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Phases, "_phase", spy)
+        run.trainer.fit(run.data[0], run.data[1])
+    assert len(trained) == 3
+    for phase in trained:
+        assert len(phase.valid) and not torch.isin(phase.valid, phase.targets).any()
+
+
+def test_code_mode_goes_on_exactly_after_a_kill(source):
+    """A phase that stops after its first epoch and is run again ends with the weights of one that did not stop."""
+    settings = {"lsc_mode": "code", "lsc_phases": ["independent"]}
+    whole = fitted(source, checkpoint_dir="whole", **settings)
+    stopped = prepared(source, checkpoint_dir="stopped", **settings)
+
+    original = PhaseTrainer._write_resume
+
+    def stop(self, epoch):
+        original(self, epoch)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PhaseTrainer, "_write_resume", stop)
+        with pytest.raises(KeyboardInterrupt):
+            stopped.trainer.fit(stopped.data[0], stopped.data[1])
+    again = fitted(source, checkpoint_dir="stopped", **settings)
+    first, second = (run.trainer.phases.weights["independent"] for run in (whole, again))
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_code_mode_trains_the_vector_of_padding_where_it_is_not_told_otherwise(source, monkeypatch):

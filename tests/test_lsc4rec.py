@@ -1,5 +1,7 @@
 """LSC4Rec as a whole: its ranking is what its account says, asked and evaluated, whatever the device model."""
 
+import dataclasses
+
 import pytest
 import torch
 from recbole.quick_start import run_recbole
@@ -101,6 +103,19 @@ def test_code_mode_trains_and_fuses_as_the_authors_code(source):
     assert all(bool((group == group[0]).all()) for group in groups)
     # thresholds are quantiles of all users' scores, of whom the first floor(0.4 * groups) groups may ask
     assert sum(bool(group[0]) for group in groups) <= int(0.4 * len(groups))
+    for name in ("consistency", "confidence", "learned"):
+        for rate in (0.1, 0.5):
+            asks = policy_of(name, rate, run.trainer.trial, run.model.fusion, settings, run.config)
+            assert run.trainer.trial("valid").run(asks.on_valid, run.model.fusion, "ndcg", 5)[0] <= rate
+
+
+def test_without_a_lag_no_policy_means_anything_in_one_step(source):
+    run = fitted(source, lsc_lag=0)
+    for name in ("random", "consistency", "learned", "oracle"):
+        found = policy_of(name, 0.2, run.trainer.trial, run.model.fusion, run.trainer.settings, run.config)
+        assert found == "no list is behind"
+    run.trainer.settings = dataclasses.replace(run.trainer.settings, policy="always")
+    assert run.trainer.evaluate(run.data[2])["staleness"] == 0
 
 
 def test_a_sample_of_users_is_evaluated(source):

@@ -106,6 +106,20 @@ def test_without_files_a_phase_that_gets_worse_is_taken_back(ring, tiny_lm):
     assert torch.equal(before, after)
 
 
+def test_lists_without_the_clouds_items_are_as_long_and_as_hard(source):
+    run = prepared(
+        source, lsc_list=7, lsc_list_cloud=0, lsc_hard="device", lsc_phases=["cooperative"], lsc_base_weight=0.0
+    )
+    widths = []
+    score = run.model.scorer.scores
+    run.model.scorer.scores = lambda batch, items, states=None: (
+        widths.append(items.shape[1]) if torch.is_grad_enabled() else None,
+        score(batch, items, states),
+    )[1]
+    run.trainer.fit(run.data[0], run.data[1])
+    assert set(widths) == {7}
+
+
 def test_a_list_is_never_longer_than_it_may_be(source):
     run = prepared(
         source, lsc_list=4, lsc_list_cloud=8, lsc_inject="always", lsc_base_weight=0.0, lsc_keep_better=False

@@ -23,7 +23,7 @@ class Settings:
     """What the choices read of `lsc_*`."""
 
     fusion, norm, alpha, alpha_by_age, policy = "linear", "auto", None, True, "never"
-    rate, steps, measure, threshold = 0.2, 1, "footrule", "valid"
+    rate, steps, measure, threshold, budget = 0.2, 1, "footrule", "valid", False
 
 
 @pytest.fixture(scope="module")

@@ -27,6 +27,10 @@ from tests.collaborations import SMALL, fitted, prepared
         ),
         ({"lsc_alpha_by_age": "age"}, "lsc_alpha_by_age=age: is neither true nor false"),
         ({"lsc_keep_better": "no"}, "lsc_keep_better=no: is neither true nor false; there are True and False"),
+        ({"lsc_lag": 5}, "lsc_lag=5: lists that far behind .* the cloud was trained on; there is 0 to 4"),
+        ({"lsc_phases": []}, r"lsc_phases=\[\]: needs one at least; there is independent, cooperative, retrain"),
+        ({"lsc_rates": []}, r"lsc_rates=\[\]: needs one at least; there is 0.2"),
+        ({"device_model": "FDSA"}, "device_model=FDSA: it has features of the items as input"),
         ({"lsc_targets": "some"}, "lsc_targets=some: no such choice"),
         ({"lsc_draws": 5}, "lsc_draws=5: needs a number for each phase; there is {'independent': 1"),
         (
@@ -48,6 +52,17 @@ from tests.collaborations import SMALL, fitted, prepared
 def test_values_that_a_setting_cannot_have(source, settings, message):
     with pytest.raises(ValueError, match=message):
         prepared(source, **settings)
+
+
+@pytest.mark.parametrize("key", ["cloud", "device_model"])
+def test_it_can_be_neither_of_its_two(source, key):
+    own = {name: None for name in SMALL if name.startswith(f"{key.removesuffix('_model')}_")}
+    settings = {name: value for name, value in SMALL.items() if name not in own} | {
+        key: "LSC4Rec",
+        "data_path": str(source),
+    }
+    with pytest.raises(ValueError, match=f"{key}=LSC4Rec: is cloud and device together"):
+        run_recbole_llm("LSC4Rec", "log", config_dict=settings)
 
 
 def test_a_split_that_is_not_leave_one_out_is_refused(source):

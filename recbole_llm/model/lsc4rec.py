@@ -8,8 +8,10 @@ lists are as stale as those at inference, every choice is made on validation, an
 back their losses, real-time data in the first phase, targets and starts of histories as they draw them (draws.py), fixed numbers of epochs
 and the last weights, training lists (fresh, with the target, digit negatives, trained padding), fusion, one decision per 16 users at a
 threshold from test scores, and a budget that is spent on whoever comes first. In both modes the cloud sees historical rows only and
-proposes real items only (theirs writes ids that may not exist), its training lists are made of whole histories, negatives are drawn of all
-items, and users with fewer than S + 6 items are counted out. The full text of the paper was not at hand.
+proposes real items only (theirs writes ids that may not exist, and trains those that pieces of digits make), its training lists are made of
+whole histories, negatives are drawn of all items, digit negatives with replacement, chance asks for each user, users with fewer than S + 6
+items are counted out, and device models are RecBole's: causal, with dropout, of the sizes and history in their settings (theirs have width
+32, ten items, no dropout; SASRec four heads, an inner width of 128 and no mask). The full text of the paper was not at hand.
 """
 
 from collections import OrderedDict
@@ -25,7 +27,7 @@ from torch import Tensor
 from recbole_llm.checkpoint import config_from_settings, read_checkpoint, settings_of
 from recbole_llm.cloud import Cloud, Elsewhere, Lists, most_recent, proposed
 from recbole_llm.collaboration import FUSIONS, Costs, Trial, best_fusion, policy_of
-from recbole_llm.config import check_topk, role_config
+from recbole_llm.config import check_topk, needs_more, role_config
 from recbole_llm.device import Device, best_of, draw_by_token
 from recbole_llm.evaluation import POINTER
 from recbole_llm.loaders import cut_to
@@ -83,6 +85,7 @@ class LSC4Rec(SequentialRecommender):
         super().__init__(config, dataset)
         check_topk(config, dataset.item_num)
         self.settings = Collaboration.from_config(config)
+        self._refuse_roles(config)
         self.device_model = get_model(config["device_model"])(device_config(config), dataset)
         if not any(True for _ in self.device_model.parameters()):
             raise ValueError(
@@ -96,6 +99,20 @@ class LSC4Rec(SequentialRecommender):
         self.other_parameter_name = ["alpha", "norm", "cloud_file"]
         self.at_hand: AtHand | None = None
         self._elsewhere = Elsewhere(dataset)
+
+    @staticmethod
+    def _refuse_roles(config) -> None:
+        """Refuse models that can be neither of the two. Raises: ValueError."""
+        for key in ("cloud", "device_model"):
+            if config[key] == "LSC4Rec":
+                raise ValueError(
+                    f"{key}=LSC4Rec: is cloud and device together and cannot be one of them; there is SASRec, say. Set {key}."
+                )
+        if own := needs_more(config["device_model"]):
+            raise ValueError(
+                f"device_model={config['device_model']}: it has {own} and takes more than item sequences, which is all that a device here "
+                "knows; there is SASRec, GRU4Rec, DIN, NARM, STAMP, Caser or LightSANs, say. Set device_model."
+            )
 
     @property
     def fusion(self):
