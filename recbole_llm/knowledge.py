@@ -28,10 +28,10 @@ from recbole_llm.artifacts import (
     write_tensors,
 )
 from recbole_llm.checkpoint import random_state, set_random_state
-from recbole_llm.config import check_topk, choice, role_config, shared
+from recbole_llm.config import check_range, check_topk, choice, role_config, shared
 from recbole_llm.folds import fault_of_folds, folds_of, others, refuse_user_tables, rows_of
 from recbole_llm.identity import Names, data_digest, fingerprint, titles_digest
-from recbole_llm.labelling import Labeller, reads_windows, rows_of_a_shard, whole_shard
+from recbole_llm.labelling import Labeller, reads_windows, rows_of_a_shard, seal, whole_shard
 from recbole_llm.processes import WHOLE, Part
 from recbole_llm.rows import POLICIES, first
 from recbole_llm.sequences import Log
@@ -49,6 +49,10 @@ from recbole_llm.teacher import (
 
 FORMAT = 3
 """Part of the key of a Knowledge; 1 had scores that the beams of P5 never gave, 2 target scores that an approximate index had not found."""
+
+
+LEAST = {"teacher_rows": 0, "teacher_shard_rows": 1, "teacher_eval_rows": 0, "teacher_history": 1, "distill_topk": 1}
+"""Least value of settings of labels."""
 
 
 @dataclass
@@ -139,26 +143,29 @@ class Knowledge:
         trained = torch.zeros(len(log.rows()), dtype=torch.bool)
         if not folds:
             trained = teacher.trained_on(len(trained)) if isinstance(teacher, Teacher) else ~trained
-        plan = []
-        for labels, own in folds or [(teacher, rows)]:
-            labeller = Labeller(labels, log, own, k, options["shard_rows"], options["overlap"])
+        plan, provenance = [], options["provenance"]
+        made = [fold["checkpoint_digest"] for fold in provenance.get("folds", ())] or [
+            provenance.get("checkpoint_digest")
+        ]
+        for (labels, own), by in zip(folds or [(teacher, rows)], made, strict=True):
+            labeller = Labeller(labels, log, own, k, options["shard_rows"], options["overlap"], names.number)
             for shard in labeller.shards():
-                plan.append((folder / f"shard-{len(plan):05d}.safetensors", labeller, *shard))
+                plan.append((folder / f"shard-{len(plan):05d}.safetensors", by, labeller, *shard))
         parts: dict[str, str | None] = dict.fromkeys(file.name for file, *_ in plan)
         total = sum(len(of_shard) for *_, of_shard in part.shards(plan))
         bar = tqdm(total=total, desc="Label rows", ncols=100, unit="row", disable=not options["progress"])
-        for file, labeller, chosen, of_shard in part.shards(plan):
-            shard = whole_shard(file, of_shard)
+        for file, by, labeller, chosen, of_shard in part.shards(plan):
+            shard = whole_shard(file, of_shard, by)
             if shard is None:
                 shard = labeller.label(chosen, of_shard) | {"trained": trained[of_shard]}
                 shard["items"] = names.number[shard["items"]].int()
-                write_tensors(file, shard, {"digest": tensors_digest(shard)})
+                write_tensors(file, shard, {"seal": seal(shard, by)})
             parts[file.name] = tensors_digest(shard)
             bar.update(len(of_shard))
         bar.close()
         part.wait()
-        for file, _, _, of_shard in plan:  # what other processes have labelled
-            if parts[file.name] is None and (shard := whole_shard(file, of_shard)):
+        for file, by, _, _, of_shard in plan:  # what other processes have labelled
+            if parts[file.name] is None and (shard := whole_shard(file, of_shard, by)):
                 parts[file.name] = tensors_digest(shard)
         part.refuse_missing(folder, list(parts.values()))
         with part.ending(folder):
@@ -174,7 +181,7 @@ class Knowledge:
                 "scores": scores_of(teacher),
                 "fingerprint": fingerprint(log, names, rows, options["history"]),
                 "titles": titles_digest(dataset, names),
-                "provenance": options["provenance"],
+                "provenance": provenance,
                 "seconds": perf_counter() - began,
                 "parts": parts,
             }
@@ -202,6 +209,8 @@ class Request:
         if fault := fault_of_folds(config, teacher, len(log.users)):
             raise ValueError(fault)
         policy = choice(config, "teacher_rows_by", POLICIES)
+        for key, least in LEAST.items():
+            check_range(config, key, least)
         # as the teacher's constructor will, so that its key is the same before and after
         check_topk(teacher, dataset.item_num)
         data = data_digest(log, dataset, teacher)
@@ -221,7 +230,9 @@ class Request:
             keys["folds"] = config["teacher_folds"]
         if policy != "random" and config["teacher_rows"]:
             keys["rows by"] = policy
-        if not teacher["prompt_lead"]:  # may be one that labels all rows unless fewer are asked for
+        if teacher["prompt_lead"]:  # bits of what an LLM writes depend on its batches
+            keys["tokens per batch"] = teacher["generate_tokens_per_batch"]
+        else:  # may be one that labels all rows unless fewer are asked for
             keys["rows asked for"] = "teacher_rows" in config.external_config_dict
         folder = (
             Path(config["checkpoint_dir"]) / "knowledge" / f"{config['teacher']}-{config['dataset']}-{digest(keys)}"

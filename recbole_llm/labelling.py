@@ -10,20 +10,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from recbole.data.interaction import Interaction
 from torch import Tensor
 
-from recbole_llm.artifacts import DamagedArtifact, read_metadata, read_tensors, tensors_digest
+from recbole_llm.artifacts import DamagedArtifact, digest, read_metadata, read_tensors, tensors_digest
 from recbole_llm.causality import fault_of_scores, is_causal, states
 from recbole_llm.losses import rows_at_a_time
 from recbole_llm.sequences import Fields, Log, WindowLoader, Windows, pack, windows
 from recbole_llm.teacher import Teacher, log_probability, rank
 
-ROWS_OF_A_SHARD = 1 << 14
-"""Least rows of a shard that is labelled by windows: they take about a second, and small shards would be thousands of files."""
-ROWS_OF_A_CHEAP_SHARD = 1 << 10
-"""Least rows of a shard of RecBole's own models, which are asked row by row but answer fast."""
+LEAST_ROWS_OF_A_SHARD = 1 << 10
+"""Of a shard that is labelled by windows, or by RecBole's own models row by row: these take less than a second."""
+MOST_ROWS_OF_A_SHARD = 1 << 14
+"""Of a shard that is labelled by windows."""
 TARGETS_AT_ONCE = 1 << 12
 
 
@@ -36,9 +37,11 @@ class Labeller:
         log: The training log.
         rows: Row numbers to label, ascending [M].
         k: Candidates per row.
-        shard_rows: Rows of a shard, where they are labelled one by one.
+        shard_rows: Rows of a shard, where an LLM labels them one by one.
         overlap: Items of context of further windows, as in the teacher's training; None reads every history on its own, so that each
             row is labelled on as many items as the teacher can read.
+        numbers: Internal item id -> its number by the order of tokens, so that the shards do not depend on the order of a file
+            [n_items]; None takes the ids.
     """
 
     teacher: Any
@@ -47,6 +50,7 @@ class Labeller:
     k: int
     shard_rows: int
     overlap: int | None
+    numbers: Tensor | None = None
 
     def __post_init__(self):
         self.windows: Windows | None = None
@@ -59,7 +63,7 @@ class Labeller:
     def shards(self) -> Iterator[tuple[Tensor, Tensor]]:
         """What each shard is made of (windows, or rows), and its rows in their order."""
         if self.windows is None:
-            size = self.shard_rows if isinstance(self.teacher, Teacher) else max(self.shard_rows, ROWS_OF_A_CHEAP_SHARD)
+            size = self.shard_rows if isinstance(self.teacher, Teacher) else max(self.shard_rows, LEAST_ROWS_OF_A_SHARD)
             for rows in self._rows_by_work().split(max(1, size)):
                 yield rows, rows
             return
@@ -67,7 +71,8 @@ class Labeller:
         count = before[self.windows.end + 1] - before[self.windows.first]
         used = count.nonzero()[:, 0]
         order = used[torch.sort((self.windows.end - self.windows.start)[used], stable=True).indices]
-        for chosen in pack(order, count, max(self.shard_rows, ROWS_OF_A_SHARD)):
+        one_percent = min(MOST_ROWS_OF_A_SHARD, len(self.rows) // 100)
+        for chosen in pack(order, count, max(self.shard_rows, LEAST_ROWS_OF_A_SHARD, one_percent)):
             positions = [
                 torch.arange(first, end + 1)
                 for first, end in zip(
@@ -78,11 +83,13 @@ class Labeller:
             yield chosen, torch.searchsorted(self.log.rows(), position[self._wanted[position]])
 
     def _rows_by_work(self) -> Tensor:
-        """Rows such that those of about equal work come together, ordered by work, then by number."""
+        """Rows such that those of about equal work come together, and equal histories, which are asked once; then by number."""
         if not isinstance(self.teacher, Teacher):
             return self.rows
         seen, _ = self.log.history(self.log.rows()[self.rows], self.teacher.history_length)
-        return self.rows[torch.sort(self.teacher.work(seen), stable=True).indices]
+        items = seen if self.numbers is None else self.numbers[seen]
+        keys = [*items.T.flip(0), self.teacher.work(seen)]  # the last one comes first
+        return self.rows[torch.from_numpy(np.lexsort([key.numpy() for key in keys]))]
 
     @torch.no_grad()
     def label(self, chosen: Tensor, rows: Tensor) -> dict[str, Tensor]:
@@ -129,8 +136,8 @@ class Labeller:
 def rows_of_a_shard(most: int, rows: int) -> int:
     """Rows of a shard where they are labelled one by one: `most`, but no more than 1 % of all, which is what a kill may cost.
 
-    A shard is also the largest batch, so labels of less than a thousand rows are made in small ones. Shards of cheap teachers stay
-    larger (`ROWS_OF_A_SHARD`, `ROWS_OF_A_CHEAP_SHARD`): these are done in seconds.
+    A shard is also the largest batch, so labels of less than a thousand rows are made in small ones. Shards of cheap teachers have
+    `LEAST_ROWS_OF_A_SHARD` at least.
     """
     return max(1, min(most, rows // 100))
 
@@ -140,11 +147,22 @@ def reads_windows(teacher: Any) -> bool:
     return is_causal(teacher)[0] and fault_of_scores(teacher) is None
 
 
-def whole_shard(file: Path, rows: Tensor) -> dict[str, Tensor] | None:
-    """A shard that was written earlier, if it is byte for byte what was written and of these rows."""
+def whole_shard(file: Path, rows: Tensor, teacher: str | None) -> dict[str, Tensor] | None:
+    """A shard that was written earlier, if it is byte for byte what was written, of these rows, and by this teacher.
+
+    Args:
+        file: The shard.
+        rows: What it has to be of.
+        teacher: Digest of the checkpoint that labels.
+    """
     try:
         shard = read_tensors(file)
-        unchanged = read_metadata(file).get("digest") == tensors_digest(shard)
+        unchanged = read_metadata(file).get("seal") == seal(shard, teacher)
     except (FileNotFoundError, DamagedArtifact):
         return None
     return shard if unchanged and torch.equal(shard["row"], rows) else None
+
+
+def seal(shard: dict[str, Tensor], teacher: str | None) -> str:
+    """A digest of what a shard holds and of whose labels these are; one, since safetensors writes several in any order."""
+    return digest({"tensors": tensors_digest(shard), "teacher": teacher})

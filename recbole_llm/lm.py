@@ -195,6 +195,14 @@ class LanguageModel:
         return result
 
     @torch.inference_mode()
+    def refuse_longer(self, max_new_tokens: int) -> None:
+        """Refuse answers that leave no room for a prompt. Raises: ValueError."""
+        if not 0 < max_new_tokens < self._tokens.context:
+            raise ValueError(
+                f"generate_max_new_tokens={max_new_tokens}: {self.name} reads and writes {self._tokens.context} tokens in all, prompt and "
+                f"answer; there is 1 to {self._tokens.context - 1}. Set generate_max_new_tokens."
+            )
+
     def generate(
         self,
         prompts: Sequence[str],
@@ -225,6 +233,7 @@ class LanguageModel:
             One text per prompt, in the order of the prompts.
         """
         self._need_causal("asked to write")
+        self.refuse_longer(max_new_tokens)
         if not prompts:
             return []
         network = self._writer()

@@ -26,6 +26,11 @@ class Words:
     preamble: str = PREAMBLE
 
 
+def beginning(words: Words) -> str:
+    """What all prompts of a domain begin with, up to the first title; without the space before it, which is one token with the quote."""
+    return f"{words.preamble}\n\n### Instruction:\n{words.instruction}\n\n### Input:\n{words.lead}"
+
+
 def prompt(words: Words, titles: Sequence[str]) -> str:
     """Everything that the model reads before its answer.
 
@@ -44,12 +49,7 @@ def prompt(words: Words, titles: Sequence[str]) -> str:
     for title in titles:
         _refuse_quote(title)
     history = ", ".join(f'"{title}"' for title in titles)
-    return (
-        f"{words.preamble}\n\n"
-        f"### Instruction:\n{words.instruction}\n\n"
-        f"### Input:\n{words.lead} {history}\n\n"
-        f"### Response:\n"
-    )
+    return f"{beginning(words)} {history}\n\n### Response:\n"
 
 
 def answer(title: str) -> str:

@@ -9,6 +9,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -17,12 +18,16 @@ from recbole.utils import get_model
 from torch import Tensor
 
 from recbole_llm import teacher
+from recbole_llm.artifacts import file_digest
+from recbole_llm.identity import Names
 from recbole_llm.knowledge import Request, asked_rows
-from recbole_llm.labelling import Labeller, rows_of_a_shard
+from recbole_llm.labelling import Labeller, rows_of_a_shard, whole_shard
 from recbole_llm.sequences import Log
 
 SECONDS = 30.0
 """How long a sample may take, the loading of the LLM aside."""
+TABLES = 3
+"""Copies of the item vectors that labelling holds: by title, as a table, in the index."""
 PROMPTS_COUNTED = 4096
 """Rows whose prompts are cut into tokens to know how long all prompts are; that takes a second."""
 
@@ -55,9 +60,11 @@ class Rehearsal:
     Args:
         sample: What was measured.
         whole: Extrapolated to all rows that are to be labelled.
-        memory: Most bytes that the process (on CUDA: the device) held; None where the system does not tell.
+        memory: Most bytes that the process (on CUDA: the device) held, and those of the item vectors and their index, which it did not;
+            None where the system does not tell.
         disk: Bytes of the Knowledge.
         tuned: Whether the LLM was tuned already.
+        rows: All rows of the Knowledge, those among them that are labelled already, or by other parts.
     """
 
     sample: Cost
@@ -65,18 +72,23 @@ class Rehearsal:
     memory: int | None
     disk: int
     tuned: bool
+    rows: int = 0
 
     def seconds_of(self, rows: int) -> float:
         """How long the same takes for another number of rows like these."""
-        return self.whole.seconds * rows / self.whole.rows
+        known = self.whole if self.whole.rows else self.sample
+        return known.seconds * rows / known.rows
 
     def text(self) -> str:
         """What was measured and what follows, in a line or two."""
         sample, whole = self.sample, self.whole
         memory = "memory unknown" if self.memory is None else f"a peak of {self.memory / 1e9:.2f} GB of memory"
+        others = (
+            f" (of {self.rows}; the others are labelled already, or by other parts)" if whole.rows < self.rows else ""
+        )
         said = (
             f"Measured here: {sample.rows} titles in {sample.seconds:.1f} s, {sample.prompt_tokens:.0f} prompt tokens and "
-            f"{sample.new_tokens:.0f} new ones. So {whole.rows} rows: {whole.prompt_tokens:.0f} prompt tokens and "
+            f"{sample.new_tokens:.0f} new ones. So {whole.rows} rows{others}: {whole.prompt_tokens:.0f} prompt tokens and "
             f"{whole.new_tokens:.0f} new ones, {whole.seconds:.1f} s, {memory}, {self.disk / 1e6:.2f} MB on disk."
         )
         return said if self.tuned else f"{said} The LLM is not tuned yet; tuned, it may write longer or shorter titles."
@@ -107,7 +119,9 @@ def rehearse(config: Any, request: Request, data: Any, limit: float = SECONDS) -
         return None
     log, rows = Log.from_dataset(dataset), asked_rows(config, model, dataset)
     size = rows_of_a_shard(config["teacher_shard_rows"], len(rows))
-    labeller = Labeller(model, log, rows, config["distill_topk"], size, None)
+    labeller = Labeller(model, log, rows, config["distill_topk"], size, None, Names.of(dataset, log).number)
+    plan = [shard for _, shard in labeller.shards()]
+    left = plan if config["teacher_folds"] else left_of(plan, request)
 
     def histories(some: Tensor) -> Tensor:
         return log.history(log.rows()[some], model.history_length)[0]
@@ -123,16 +137,27 @@ def rehearse(config: Any, request: Request, data: Any, limit: float = SECONDS) -
     def count(some: Tensor, titles: list[str]) -> tuple[int, int]:
         return prompt_tokens(some), tokens(lm, [f'"{title}"' for title in titles])
 
-    sample = measured([shard for _, shard in labeller.shards()], write, count, limit)
-    some = rows[:: math.ceil(len(rows) / PROMPTS_COUNTED)]
+    sample = measured(left or plan, write, count, limit)
+    asked = torch.cat(left).sort().values if left else rows[:0]
+    some = asked[:: max(1, math.ceil(len(asked) / PROMPTS_COUNTED))]
     k = min(config["distill_topk"], dataset.item_num - 1)
+    memory = peak_memory(model.device)
     return Rehearsal(
         sample,
-        extrapolated(sample, len(rows), prompt_tokens(some) * len(rows) / len(some)),
-        peak_memory(model.device),
+        extrapolated(sample, len(asked), prompt_tokens(some) * len(asked) / max(1, len(some))),
+        None if memory is None else memory + TABLES * 4 * dataset.item_num * width,
         bytes_of_knowledge(len(rows), k, dataset.item_num, width),
         tuned,
+        len(rows),
     )
+
+
+def left_of(plan: Sequence[Tensor], request: Request) -> list[Tensor]:
+    """Shards of this process's part that are not on disk yet. Args: rows of each shard; what is asked of the teacher."""
+    file = Path(request.checkpoint or request.teacher_folder / "model.safetensors")
+    by = file_digest(file) if file.is_file() else None
+    named = [(request.folder / f"shard-{number:05d}.safetensors", rows) for number, rows in enumerate(plan)]
+    return [rows for shard, rows in request.part.shards(named) if whole_shard(shard, rows, by) is None]
 
 
 def tokens(lm: Any, texts: Sequence[str]) -> int:

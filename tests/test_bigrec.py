@@ -77,6 +77,25 @@ def test_reweighting_changes_ranks_but_not_the_scores_that_confidence_rests_on(m
     assert torch.equal(again, target) and score[0, 1] == plain[0][plain_items[0] == popular]
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("generate_beams", 0), ("generate_beams", 2.5), ("generate_tokens_per_batch", "a"), ("generate_max_new_tokens", 0),
+     ("lora_max_length", 0), ("ground_found", 0)],
+)  # fmt: skip
+def test_numbers_that_it_cannot_write_or_learn_by_are_refused(ring, tiny_lm, key, value):
+    with pytest.raises(ValueError, match=f"^{key}={value}: not possible; there is whole numbers from"):
+        Trained("BIGRec", ring, tiny_lm, **{key: value})
+
+
+def test_answers_that_leave_no_room_for_a_prompt_are_refused_before_it_is_tuned(ring, tiny_lm):
+    with pytest.raises(
+        ValueError, match="^generate_max_new_tokens=100000: .* tokens in all, prompt and answer; there is 1 to"
+    ):
+        run_recbole_llm(
+            "BIGRec", "ring", config_dict=ring_settings(ring, "BIGRec", tiny_lm, generate_max_new_tokens=100_000)
+        )
+
+
 @pytest.mark.parametrize("index", ["exact", "hnsw", "ivfpq"])
 def test_candidates_are_those_of_the_full_ranking(ring, tiny_lm, index):
     trained = scripted(
@@ -105,8 +124,10 @@ def test_no_title_is_embedded_twice(model, monkeypatch):
     asked, embed = [], model.model.lm.embed
     monkeypatch.setattr(model.model.lm, "embed", lambda texts, **how: asked.append(list(texts)) or embed(texts, **how))
     for _ in range(2):
-        rank(model.model, model.batch(4), 5)
+        model.scores(model.batch(4))
     assert asked == [["coral otters", "no such animal"]]
+    rank(model.model, model.batch(4), 5)
+    assert len(asked) == 2, "what labels it made depends on nothing that it wrote before"
 
 
 def test_collaborative_statistics_come_from_a_saved_model(ring, tiny_lm):

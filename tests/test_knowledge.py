@@ -314,6 +314,17 @@ def test_a_killed_labelling_goes_on_where_it_was_and_ends_the_same(ring):
     assert third.labelled == []
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("teacher_rows", -1), ("teacher_rows", 2.5), ("teacher_rows", "foo"), ("teacher_shard_rows", 0), ("teacher_eval_rows", -1),
+     ("teacher_history", 0), ("distill_topk", 0)],
+)  # fmt: skip
+def test_numbers_that_labels_cannot_have_are_refused_before_any_work(ring, key, value):
+    parts = prepared(ring, **{key: value})
+    with pytest.raises(ValueError, match=f"^{key}={value}: not possible; there is whole numbers from"):
+        Request.of(parts.config, parts.train._dataset)
+
+
 @pytest.mark.parametrize("harm", ["cut", "flipped", "missing", "of other rows"])
 def test_a_damaged_shard_alone_is_built_again(ring, oracles, harm):
     parts = prepared(ring, teacher_shard_rows=100, teacher_rows=0)

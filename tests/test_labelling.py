@@ -1,5 +1,7 @@
 """Labels of whole windows: the same as row by row, whatever the shards, from any causal model whose scores are products."""
 
+import dataclasses
+
 import pytest
 import torch
 from recbole.data.interaction import Interaction
@@ -11,7 +13,7 @@ from recbole_llm.knowledge import Knowledge
 from recbole_llm.labelling import Labeller, reads_windows
 from recbole_llm.sequences import Log, windows
 from recbole_llm.teacher import log_probability, rank
-from tests.oracle import Killed, prepared
+from tests.oracle import Killed, Oracle, prepared
 from tests.test_contract import Trained
 
 
@@ -87,13 +89,45 @@ def test_every_row_is_in_one_shard_and_shards_do_not_change_labels(parts, monkey
     log, teacher = Log.from_dataset(parts.train._dataset), teacher_of(parts, "SASRec")
     rows = torch.arange(0, len(log.rows()), 2)
     _, whole = all_labels(Labeller(teacher, log, rows, 5, 64, 10))
-    monkeypatch.setattr(labelling, "ROWS_OF_A_SHARD", 20)
+    monkeypatch.setattr(labelling, "LEAST_ROWS_OF_A_SHARD", 20)
     labeller = Labeller(teacher, log, rows, 5, 1, 10)
     shards = [own for _, own in labeller.shards()]
     assert len(shards) > 10 and max(map(len, shards)) <= 20
     assert torch.equal(torch.cat(shards).sort().values, rows)
     _, small = all_labels(labeller)
     assert torch.equal(whole["items"], small["items"]) and torch.allclose(whole["score"], small["score"], atol=1e-5)
+
+
+def test_a_shard_of_windows_is_one_percent_of_many_rows(parts, monkeypatch):
+    monkeypatch.setattr(labelling, "LEAST_ROWS_OF_A_SHARD", 12)
+    log, teacher = Log.from_dataset(parts.train._dataset), teacher_of(parts, "SASRec")
+    labeller = Labeller(teacher, log, torch.arange(len(log.rows())), 5, 1, 10)
+    assert max(len(own) for _, own in labeller.shards()) <= 12
+    labeller.rows = labeller.rows.repeat(5)  # 1 % are 27
+    assert 12 < max(len(own) for _, own in labeller.shards()) <= 27
+    monkeypatch.setattr(labelling, "MOST_ROWS_OF_A_SHARD", 20)
+    assert max(len(own) for _, own in labeller.shards()) <= 20
+
+
+def test_equal_histories_come_together_whatever_the_order_of_the_ids(parts):
+    log, teacher = Log.from_dataset(parts.train._dataset), Oracle(parts.config, parts.train._dataset)
+    rows = torch.arange(len(log.rows()))
+    histories = log.history(log.rows(), teacher.history_length)[0]
+    shuffled = torch.cat(
+        [torch.zeros(1, dtype=torch.long), torch.randperm(24, generator=torch.Generator().manual_seed(0)) + 1]
+    )
+    for numbers in (None, shuffled):
+        order = torch.cat([own for _, own in Labeller(teacher, log, rows, 5, 20, None, numbers).shards()])
+        assert torch.equal(order.sort().values, rows)
+        in_order = [tuple(row) for row in histories[order].tolist()]
+        changes = sum(one != other for one, other in zip(in_order, in_order[1:], strict=False)) + 1
+        assert changes == len(set(in_order)) < len(in_order)
+    internal = torch.empty_like(shuffled)
+    internal[shuffled] = torch.arange(25)
+    renamed = dataclasses.replace(log, items=internal[log.items])  # the same log from a file in another order
+    other = torch.cat([own for _, own in Labeller(teacher, renamed, rows, 5, 20, None, shuffled).shards()])
+    same = torch.cat([own for _, own in Labeller(teacher, log, rows, 5, 20, None, torch.arange(25)).shards()])
+    assert torch.equal(other, same)
 
 
 def test_models_that_look_ahead_or_score_otherwise_are_asked_row_by_row(parts):
@@ -131,7 +165,7 @@ def test_scores_that_are_probabilities_are_taken_as_such(parts):
 
 
 def test_labelling_by_windows_goes_on_where_it_was_stopped(parts, monkeypatch):
-    monkeypatch.setattr(labelling, "ROWS_OF_A_SHARD", 40)
+    monkeypatch.setattr(labelling, "LEAST_ROWS_OF_A_SHARD", 40)
     dataset, teacher = parts.train._dataset, teacher_of(parts, "SASRec")
     rows = torch.arange(len(Log.from_dataset(dataset).rows()))
     options = {"history": 10, "shard_rows": 1, "overlap": 10, "provenance": {}, "progress": False}

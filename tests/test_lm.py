@@ -41,13 +41,13 @@ def one_thread(clean_process):
 
 @pytest.fixture
 def model(tiny_lm) -> LanguageModel:
-    return LanguageModel.load(str(tiny_lm))
+    return LanguageModel.load(str(tiny_lm), dtype="float32")  # auto is another format on other machines
 
 
 @pytest.fixture(scope="module")
 def tuned(tiny_lm) -> LanguageModel:
     """A model that knows its six answers by heart."""
-    model = LanguageModel.load(str(tiny_lm), threads=1)
+    model = LanguageModel.load(str(tiny_lm), dtype="float32", threads=1)
     settings = {**QUICK, "epochs": 60, "dropout": 0.0}
     model.tune(PROMPTS, ANSWERS, PROMPTS, ANSWERS, patience=99, **settings)
     return model

@@ -6,9 +6,11 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+from recbole.utils import get_model
 
 from recbole_llm import processes
 from recbole_llm.artifacts import read_json, read_tensors
@@ -16,10 +18,12 @@ from recbole_llm.command import main
 from recbole_llm.config import Config
 from recbole_llm.knowledge import Knowledge, Request, ensure
 from recbole_llm.labelling import rows_of_a_shard
+from recbole_llm.lm import LanguageModel
 from recbole_llm.processes import Part, PartDone, only_the_first, place, settle
 from recbole_llm.quick_start import run_folder, run_recbole_llm
+from recbole_llm.sequences import Log
 from tests.conftest import ROOT
-from tests.oracle import Oracle, ask, prepared
+from tests.oracle import Oracle, ask, prepared, student
 from tests.pipelines import ring_settings
 
 # `ask` labels 540 rows in shards of 64: eight whole ones, and one of 28
@@ -62,6 +66,56 @@ def test_parts_by_hand_make_the_files_of_one_process_in_any_order(ring, order):
     assert [sum(teacher.labelled) for teacher in teachers] == [
         sum(64 if shard < SHARDS - 1 else 28 for shard in range(number, SHARDS, 3)) for number in order
     ]
+
+
+def writer(ring, tiny_lm):
+    """An LLM that was never tuned, in a process of its own as far as it knows: it writes the same few texts again and again."""
+    config = Config("BIGRec", "ring", config_dict=ring_settings(ring, "BIGRec", tiny_lm, generate_max_new_tokens=16))
+    return get_model("BIGRec")(config, prepared(ring).train._dataset)
+
+
+def test_parts_and_a_stopped_labelling_by_an_llm_make_the_files_of_one_process(ring, tiny_lm, monkeypatch):
+    """The last bits of a vector depend on the texts it is embedded with, so those may not depend on what was labelled before."""
+    embed = LanguageModel.embed
+    monkeypatch.setattr(
+        LanguageModel, "embed", lambda self, texts, **more: embed(self, texts, **more) + 1e-3 * len(texts)
+    )
+    parts = prepared(ring)
+    ask(parts, "whole", writer(ring, tiny_lm), shard_rows=20)
+    written = writer(ring, tiny_lm)
+    log = Log.from_dataset(parts.train._dataset)
+    titles = written.write_titles(log.history(log.rows(), 10)[0])
+    assert 1 < len(set(titles)) < len(titles) / 2, "texts come again in other shards"
+    for number in (2, 0, 1):
+        with pytest.raises(PartDone) if number != 1 else nullcontext():
+            ask(parts, "parts", writer(ring, tiny_lm), part=Part(number, 3), shard_rows=20)
+    stopped = writer(ring, tiny_lm)
+    label, left = stopped.candidates, iter(range(7))
+
+    def candidates(batch, k):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return label(batch, k)
+
+    stopped.candidates = candidates
+    with pytest.raises(KeyboardInterrupt):
+        ask(parts, "stopped", stopped, shard_rows=20)
+    ask(parts, "stopped", writer(ring, tiny_lm), shard_rows=20)
+    for folder in ("parts", "stopped"):
+        assert {name: file for name, file in content(folder).items() if name.startswith("shard")} == {
+            name: file for name, file in content("whole").items() if name.startswith("shard")
+        }
+
+
+def test_a_shard_of_another_teacher_is_labelled_again(ring):
+    parts = prepared(ring)
+    with pytest.raises(PartDone):
+        ask(parts, "kn", part=Part(0, 2), provenance={"teacher": "Oracle", "checkpoint_digest": "one"})
+    with pytest.raises(PartDone, match="of 9 shards in kn 5 are missing"):
+        ask(parts, "kn", part=Part(1, 2), provenance={"teacher": "Oracle", "checkpoint_digest": "another"})
+    last = Oracle(parts.config, parts.train._dataset)
+    ask(parts, "kn", last, provenance={"teacher": "Oracle", "checkpoint_digest": "another"})
+    assert sum(last.labelled) == 540 - 4 * 64
 
 
 def test_who_ends_a_part_is_told_what_is_missing_and_what_to_run(ring):
@@ -108,6 +162,11 @@ def test_what_is_no_part_is_refused(ring, value):
         f"teacher_shard={value}: no part of the shards; there is 1/n to n/n, n being the number of parts. Set teacher_shard in a config "
         "file or on the command line."
     )
+
+
+def test_what_is_no_part_is_refused_where_nothing_is_labelled(ring):
+    with pytest.raises(ValueError, match="^teacher_shard=9/2: no part of the shards"):
+        student(prepared(ring, teacher_shard="9/2"))
 
 
 def test_the_command_labels_a_part_and_trains_no_student_until_all_is_there(ring, tiny_lm, tmp_path):

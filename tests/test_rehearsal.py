@@ -123,6 +123,25 @@ def test_estimate_measures_labelling_and_leaves_nothing_behind(ring, tiny_lm, ca
     assert not list(Path("saved").rglob("*.safetensors"))
 
 
+def test_what_is_labelled_already_or_by_others_costs_nothing(ring, tiny_lm):
+    def labelling(**more):
+        return next(
+            step for step in estimate(ring, tiny_lm, **more) if "labels 24 of 540 training rows" in step.what
+        ).measured
+
+    part = labelling(teacher_shard="2/3")
+    assert (
+        part.whole.rows == 8
+        and part.rows == 24
+        and "So 8 rows (of 24; the others are labelled already, or by other parts)" in part.text()
+    )
+    settings = ring_settings(ring, "DLLM2Rec", tiny_lm, distill_ranking="softmax", teacher_shard="1/3")
+    run_recbole_llm("DLLM2Rec", "ring", config_dict=settings)
+    assert labelling().whole.rows == 16
+    done = labelling(teacher_shard="1/3")
+    assert (done.whole.rows, done.whole.seconds) == (0, 0) and done.seconds_of(10) > 0
+
+
 def test_the_command_takes_the_flag_and_its_log_has_the_measured_line(ring, tiny_lm, tmp_path):
     file = tmp_path / "settings.json"
     file.write_text(json.dumps(ring_settings(ring, "DLLM2Rec", tiny_lm, state="info", distill_ranking="softmax")))
@@ -159,7 +178,8 @@ def test_a_tuned_llm_is_measured_with_its_adapter_and_a_finished_knowledge_not_a
     assert not any(step.measured for step in estimate(ring, tiny_lm))
     (folder,) = Path("saved/knowledge").iterdir()
     titles = len(Knowledge.load(folder).row)
-    (folder / "manifest.json").unlink()
+    for file in [folder / "manifest.json", *folder.glob("shard-*")]:
+        file.unlink()
     steps = estimate(ring, tiny_lm)
     assert steps[0].what.startswith("Take the tuned BIGRec")
     (found,) = [step.measured for step in steps if step.measured]

@@ -17,16 +17,21 @@ from torch import Tensor
 
 from recbole_llm.artifacts import cached_tensor, digest
 from recbole_llm.checkpoint import SUFFIX, read_checkpoint
-from recbole_llm.config import check_topk, choice
+from recbole_llm.config import check_range, check_topk, choice
 from recbole_llm.grounding import INDEXES, METRICS, Grounder, best_gamma, min_max, popularity_weight, reweight
 from recbole_llm.item_text import ItemText
-from recbole_llm.prompts import PREAMBLE, Words, answer, prompt, read_answer
+from recbole_llm.prompts import PREAMBLE, Words, answer, beginning, prompt, read_answer
 from recbole_llm.recommend import SavedCatalogue
 from recbole_llm.report import SINGLE_TARGET, row_metric
 from recbole_llm.rows import chosen_rows, eval_rows, some_of
 from recbole_llm.sequences import Log
 from recbole_llm.teacher import Teacher, sample_of_rows
 from recbole_llm.trainer import SequenceTrainer
+
+LEAST = {
+    "generate_beams": 1, "generate_tokens_per_batch": 1, "generate_max_new_tokens": 1, "lora_max_length": 2, "ground_found": 1,
+}  # fmt: skip
+"""Least value of settings of what it writes, and learns to."""
 
 
 class Shared:
@@ -71,6 +76,8 @@ class BIGRec(Teacher):
         choice(config, "ground_metric", METRICS)
         choice(config, "ground_index", INDEXES)
         choice(config, "llm_dtype", ("auto", "float32", "bfloat16"))
+        for key, least in LEAST.items():
+            check_range(config, key, least)
         if find_spec("faiss") is None:
             raise ValueError(
                 "model=BIGRec: grounding needs FAISS, which is not installed. Install it: pip install faiss-cpu"
@@ -178,19 +185,22 @@ class BIGRec(Teacher):
             beams=config["generate_beams"],
             tokens_per_batch=config["generate_tokens_per_batch"],
             allowed=allowed,
+            prefix=beginning(self.words),
             progress=False,
         )
         return [read_answer(text) for text in texts]
 
     def vectors_of(self, titles: list[str]) -> Tensor:
         """Vectors of written titles [B, d]; no title is embedded twice, an empty text is the catalogue's mean."""
-        table, written = self.item_embeddings(), self.shared.written
+        if not self.shared.vectors:
+            self.item_embeddings()
+        written = self.shared.written
         unknown = sorted({title for title in titles if title} - self.shared.vectors.keys() - written.keys())
         if unknown:
             written |= zip(unknown, self.encoder.embed(unknown), strict=True)
-        vectors = [self.shared.vectors.get(title, written.get(title)) for title in titles]
-        mean = table[1:].mean(dim=0)
-        return torch.stack([mean if vector is None else vector for vector in vectors])
+        if not all(titles) and "" not in written:
+            written[""] = self.item_embeddings()[1:].mean(dim=0)
+        return torch.stack([self.shared.vectors.get(title, written.get(title)) for title in titles])
 
     def full_sort_predict(self, interaction):
         """Minus the distance from the written title to every item [B, n_items]; re-weighted if the settings say so."""
@@ -211,6 +221,8 @@ class BIGRec(Teacher):
 
     def candidates(self, batch, k):
         """Like any teacher's, but nobody looks at the distances to all items unless they are re-weighted."""
+        # the last bits of a vector depend on the titles it is embedded with, and those must not depend on what was labelled before
+        self.shared.written.clear()
         if self.gamma and self.reweight != "none":
             return super().candidates(batch, k)
         vectors = self.vectors_after(batch)
@@ -312,6 +324,7 @@ class BIGRecTrainer(SequenceTrainer):
     def fit(self, train_data, valid_data=None, verbose=True, saved=True, show_progress=False, callback_fn=None):
         """Like RecBole's: returns minus the best answer loss, and the losses; nothing is selected on rankings."""
         config, model, self.dataset = self.config, self.model, train_data._dataset
+        model.lm.refuse_longer(config["generate_max_new_tokens"])
         log = Log.from_dataset(self.dataset)
         rows = log.rows()[sample_of_rows(len(log.rows()), config["train_rows"], config["teacher_seed"])]
         histories, _ = log.history(rows, model.history_length)

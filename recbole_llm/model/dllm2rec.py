@@ -36,6 +36,7 @@ from recbole_llm.distillation import (
 )
 from recbole_llm.knowledge import ensure
 from recbole_llm.losses import RECORDED, chunked_loss, rows_at_a_time, scores_of, soft_target_loss
+from recbole_llm.processes import Part
 from recbole_llm.sequences import Log
 from recbole_llm.tables import TaughtTable, UntiedTable
 from recbole_llm.trainer import SequenceTrainer
@@ -229,6 +230,7 @@ class DLLM2RecTrainer(SequenceTrainer):
             )
         choice(config, "teacher_trained_rows", ("drop", "drop_target", "keep"))
         refuse_other_scores(model.student)
+        Part.from_config(config)  # what is no part is refused where nothing is labelled, too
 
     @property
     def network(self):

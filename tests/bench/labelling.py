@@ -1,13 +1,13 @@
 """Rows that BIGRec labels per second, as we do it and as its authors call Hugging Face; and whether the lists are the same.
 
-`python -m tests.bench.labelling`, half an hour on 2 cores; `--part quality --quality 1000`, two hours on one. SmolLM2-135M-Instruct,
-briefly tuned so that its answers end, labels training rows of ml-100k. Peer: `generate` in batches of 8 in the order of the file, padded
-on the left, 4 beams, up to 32 tokens; then the LLM's vector of what was written, torch.cdist to every item and a double argsort. Sides
-take turns in one process, all in float32, whatever else the machine has. Floor: the multiplications of the prompts' tokens that are not
-shared and of the answers' tokens, at the rate of a measured matrix product. Quality: lists at equal beams and rows. Greedily the peer's way
-has none of our shortcuts (batches by length, the shared beginning, rows that leave when they are complete, one answer for equal histories,
-vectors of titles that are known, FAISS); with 4 beams its search goes on behind the end of a title, so that other titles may win it, and
-"plain" is our search on whole prompts.
+`python -m tests.bench.labelling`, half an hour on 2 cores; `--part quality --quality 1000`, an hour on one. SmolLM2-135M-Instruct, briefly
+tuned so that its answers end, labels training rows of ml-100k. Peer: `generate` in batches of 8 in the order of the file, padded on the
+left, 4 beams, up to 32 tokens, in float32; then the LLM's vector of what was written, torch.cdist to every item and a double argsort. Ours
+is in the format that `llm_dtype: auto` takes here, and in float32 too where that is another. Sides take turns in one process. Floor: the
+multiplications of the prompts' tokens that are not shared and of the answers' tokens, at the rate of a measured matrix product in the same
+format. Quality: lists at equal beams and rows. Greedily the peer's way has none of our shortcuts (batches by length, the shared beginning,
+rows that leave when they are complete, one answer for equal histories, vectors of titles that are known, FAISS); with 4 beams its search
+goes on behind the end of a title, so that other titles may win it, and "plain" is our search on whole prompts.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from recbole.utils import get_model, init_seed
 
 from recbole_llm import decoding
 from recbole_llm.artifacts import read_json, write_json
+from recbole_llm.backbone import working_dtype
 from recbole_llm.config import Config
 from recbole_llm.dataset import create_dataset
 from recbole_llm.decoding import common_prefix
@@ -64,6 +65,7 @@ class AuthorsWay:
 
     def write(self, rows: torch.Tensor) -> list[str]:
         """What the LLM writes for some rows."""
+        write_in(self.model, torch.float32)
         lm, written = self.model.lm, []
         histories, _ = self.log.history(self.log.rows()[rows], self.model.history_length)
         how = transformers.GenerationConfig(
@@ -86,8 +88,16 @@ class AuthorsWay:
         return order[:, :K] + 1
 
 
-def ours(model, log: Log, rows: torch.Tensor, beams: int) -> torch.Tensor:
+def write_in(model, dtype: torch.dtype) -> None:
+    """Let the LLM write in a number format from now on; it is tuned in float32."""
+    if model.lm.dtype != dtype:
+        model.lm.dtype, model.lm._writing = dtype, None
+        model.lm._writer()
+
+
+def ours(model, log: Log, rows: torch.Tensor, beams: int, dtype: torch.dtype) -> torch.Tensor:
     """The best items of each row, labelled in the shards of a Knowledge of 4,096 rows [R, K]."""
+    write_in(model, dtype)
     model.config["generate_beams"] = beams
     model.shared.written.clear()
     found = {}
@@ -104,17 +114,26 @@ def seconds_of(function, *arguments):
     return perf_counter() - began, result
 
 
-def least_seconds(model, log: Log, rows: torch.Tensor) -> float:
-    """What the multiplications of labelling some rows take at the rate of a matrix product of the LLM's own shape."""
+def least_seconds(model, log: Log, rows: torch.Tensor, dtype: torch.dtype) -> float:
+    """What the multiplications of labelling some rows take at the rate of a matrix product of the LLM's own shape.
+
+    Args:
+        model: It has just labelled these rows.
+        log: The log.
+        rows: The rows.
+        dtype: Number format of the product.
+    """
     lm = model.lm
     histories, _ = log.history(log.rows()[rows], model.history_length)
     prompts = lm._tokens.of(model.prompts(histories))
     fresh = sum(map(len, prompts)) - common_prefix(prompts) * (len(prompts) - 1)
-    written = sum(len(lm._tokens.of_answer(answer(title))) for title, _, _ in model.outputs[-len(rows) :])
+    # up to the quote that closes a title, where writing stops
+    written = sum(len(lm._tokens.of([answer(title).rstrip("\n")])[0]) for title, _, _ in model.outputs[-len(rows) :])
     config = lm._network.config
     head = config.vocab_size * config.hidden_size
     body = sum(weight.numel() for weight in lm._network.parameters()) - head
-    x, weight = torch.randn(512, config.hidden_size), torch.randn(config.hidden_size, config.intermediate_size)
+    x = torch.randn(512, config.hidden_size, dtype=dtype)
+    weight = torch.randn(config.intermediate_size, config.hidden_size, dtype=dtype).T
     rate = max(2 * x.numel() * weight.shape[1] / seconds_of(torch.mm, x, weight)[0] for _ in range(50))
     return 2 * (body * fresh + (body + head) * written) / rate
 
@@ -126,25 +145,26 @@ def overlap(first: torch.Tensor, second: torch.Tensor) -> float:
 
 def rates(model, log: Log, few: torch.Tensor, rows: torch.Tensor, turns: int, peer: AuthorsWay) -> dict:
     """Rows per second of both sides in turns. Args: few, what the peer labels; rows, what we do."""
-    found: dict[str, list[float]] = {"authors, 4 beams": [], "ours, 4 beams": [], "ours": []}
-    floor = []
+    default = working_dtype("auto", torch.device("cpu"))
+    sides = {"ours, 4 beams": (BEAMS, default), "ours": (1, default)}
+    if default != torch.float32:
+        sides |= {"ours, 4 beams, float32": (BEAMS, torch.float32), "ours, float32": (1, torch.float32)}
+    found: dict[str, list[float]] = {"authors, 4 beams": [], **{name: [] for name in sides}}
+    floor: dict[str, list[float]] = {name: [] for name, (beams, _) in sides.items() if beams == 1}
     for turn in range(turns):
         found["authors, 4 beams"].append(len(few) / seconds_of(peer.label, few)[0])
-        found["ours, 4 beams"].append(len(rows) / 4 / seconds_of(ours, model, log, rows[turn % 4 :: 4], BEAMS)[0])
-        spent, _ = seconds_of(ours, model, log, rows, 1)
-        found["ours"].append(len(rows) / spent)
-        floor.append(spent / least_seconds(model, log, rows))
-        print(turn, {name: round(each[-1], 2) for name, each in found.items()}, f"floor {floor[-1]:.2f}")
-    pairs = {
-        name: [one / other for one, other in zip(found[name], found["authors, 4 beams"], strict=True)]
-        for name in ("ours", "ours, 4 beams")
+        for name, (beams, dtype) in sides.items():
+            some = rows if beams == 1 else rows[turn % 4 :: 4]
+            spent, _ = seconds_of(ours, model, log, some, beams, dtype)
+            found[name].append(len(some) / spent)
+            if beams == 1:
+                floor[name].append(spent / least_seconds(model, log, some, dtype))
+        print(turn, {name: round(each[-1], 2) for name, each in found.items()}, flush=True)
+    against = {
+        f"{name} / authors": [one / other for one, other in zip(found[name], found["authors, 4 beams"], strict=True)]
+        for name in sides
     }
-    return {
-        "rows per second": found,
-        "ours / authors": pairs["ours"],
-        "ours / authors, 4 beams": pairs["ours, 4 beams"],
-        "ours / floor": floor,
-    }
+    return {"rows per second": found, "against": against | {f"{name} / floor": each for name, each in floor.items()}}
 
 
 def compared(lists: dict[str, torch.Tensor], targets: torch.Tensor) -> dict[str, float]:
@@ -185,8 +205,8 @@ def main() -> None:
             )
             results |= rates(model, log, few, rows, asked.turns, peers[BEAMS])
             write_json(RESULTS, results)
-            for name in ("ours / authors", "ours / authors, 4 beams", "ours / floor"):
-                print(f"{name}: {', '.join(f'{value:.2f}' for value in results[name])}")
+            for name, values in results["against"].items():
+                print(f"{name}: {', '.join(f'{value:.2f}' for value in values)}", flush=True)
         if asked.part != "rates":
             some = rows_to_label(model, at_random(log, (), 2), asked.quality)
             targets = log.items[log.rows()[some]]
@@ -199,12 +219,17 @@ def main() -> None:
                 write_json(RESULTS, results)
                 print(name, results["quality"][name], flush=True)
 
-            say("1 beam", {"ours": ours(model, log, some, 1), "authors": peers[1].label(some)}, len(some))
-            lists = {"ours": ours(model, log, some, BEAMS)}
-            # every prompt read whole, by `generate`, up to the title's end
-            with replaced(decoding, "shared_cache", lambda *_: None):
-                lists["plain"] = ours(model, log, some, BEAMS)
-            say(f"{BEAMS} beams", lists, len(some))
+            default = working_dtype("auto", torch.device("cpu"))
+            for beams, name in ((1, "1 beam"), (BEAMS, f"{BEAMS} beams")):
+                lists = {"ours": ours(model, log, some, beams, torch.float32)}
+                if default != torch.float32:
+                    lists[str(default).removeprefix("torch.")] = ours(model, log, some, beams, default)
+                if beams == 1:
+                    lists["authors"] = peers[1].label(some)
+                else:  # every prompt read whole, by `generate`, up to the title's end
+                    with replaced(decoding, "shared_cache", lambda *_: None):
+                        lists["plain"] = ours(model, log, some, beams, torch.float32)
+                say(name, lists, len(some))
             few = asked.peer if asked.peer < len(some) else len(some)
             say(
                 f"{BEAMS} beams, authors", {"ours": lists["ours"][:few], "authors": peers[BEAMS].label(some[:few])}, few
