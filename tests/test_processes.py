@@ -263,6 +263,40 @@ def test_a_killed_labelling_ends_the_same_and_labels_no_row_that_was_safe(ring, 
     assert content("killed") == content("whole")
 
 
+def dies_again(ring, tiny_lm, at):
+    """Let an LLM label in shards of 1 %, note every row it is asked about, and be killed while a shard is written."""
+    llm = writer(ring, tiny_lm)
+    label = llm.candidates
+
+    def noted(batch, k):
+        with open("asked", "a", encoding="utf-8") as file:
+            file.write("row\n" * len(batch))
+        return label(batch, k)
+
+    llm.candidates = noted
+    replace = os.replace
+
+    def deadly(source, target):
+        if Path(target).name == f"shard-{at:05d}.safetensors":
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(source, target)
+
+    os.replace = deadly
+    ask(prepared(ring), "killed", llm, shard_rows=rows_of_a_shard(64, 540))
+
+
+@pytest.mark.slow
+def test_a_labelling_killed_five_times_repeats_five_percent_at_most(ring, tiny_lm):
+    whole = ask(prepared(ring), "whole", writer(ring, tiny_lm), shard_rows=rows_of_a_shard(64, 540))
+    for at in (7, 30, 31, 77, 107, None):
+        process = begun(dies_again, ring, tiny_lm, -1 if at is None else at)
+        process.join()
+        assert process.exitcode == (0 if at is None else -signal.SIGKILL)
+    asked = len(Path("asked").read_text(encoding="utf-8").splitlines())
+    assert 540 < asked <= 1.05 * 540
+    assert content("killed") == content(whole.folder)
+
+
 # What a process of a launcher runs: the command, with a note of all rows that are labelled and of every training.
 NOTED = f"""
 import os, signal, sys

@@ -180,6 +180,41 @@ def compared(lists: dict[str, torch.Tensor], targets: torch.Tensor) -> dict[str,
     return found
 
 
+def compare(model, log: Log, rows: torch.Tensor, few: int, ways: list[str], peers: dict, results: dict) -> None:
+    """Compare the lists of ways with ours in float32, writing each result as it is there.
+
+    Args:
+        model: It labels.
+        log: The log.
+        rows: What is labelled.
+        few: How many of them the peer labels with 4 beams.
+        ways: Of plain, authors and reduced (the format of `llm_dtype: auto`, where that is not float32).
+        peers: The authors' way by its beams.
+        results: What is written; what it has of other ways stays.
+    """
+    targets, default = log.items[log.rows()[rows]], working_dtype("auto", torch.device("cpu"))
+
+    def say(name: str, lists: dict[str, torch.Tensor]) -> None:
+        found = compared(lists, targets[: len(lists["ours"])])
+        results.setdefault("quality", {}).setdefault(name, {}).update(found)
+        write_json(RESULTS, results)
+        print(name, found, flush=True)
+
+    for beams, name in ((1, "1 beam"), (BEAMS, f"{BEAMS} beams")):
+        own = ours(model, log, rows, beams, torch.float32)
+        if "reduced" in ways and default != torch.float32:
+            say(name, {"ours": own, str(default).removeprefix("torch."): ours(model, log, rows, beams, default)})
+        if "plain" in ways and beams > 1:  # every prompt read whole, by `generate`, up to the title's end
+            with replaced(decoding, "shared_cache", lambda *_: None):
+                say(name, {"ours": own, "plain": ours(model, log, rows, beams, torch.float32)})
+        if "authors" in ways:
+            some = rows if beams == 1 else rows[:few]
+            say(
+                name if beams == 1 else f"{name}, authors",
+                {"ours": own[: len(some)], "authors": peers[beams].label(some)},
+            )
+
+
 def main() -> None:
     """Take turns, compare the lists, write the JSON after each part, print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -189,6 +224,8 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--quality", type=int, default=256, help="rows whose lists are compared")
     parser.add_argument("--peer", type=int, default=48, help="rows of these that the peer labels with 4 beams")
+    ways = ["plain", "authors", "reduced"]
+    parser.add_argument("--lists", nargs="+", default=ways, choices=ways, help="what ours in float32 is compared with")
     parser.add_argument("--part", default="all", choices=["all", "rates", "quality"])
     asked = parser.parse_args()
     transformers.logging.set_verbosity_error()
@@ -209,31 +246,7 @@ def main() -> None:
                 print(f"{name}: {', '.join(f'{value:.2f}' for value in values)}", flush=True)
         if asked.part != "rates":
             some = rows_to_label(model, at_random(log, (), 2), asked.quality)
-            targets = log.items[log.rows()[some]]
-            results["quality"] = {}
-
-            def say(name: str, lists: dict[str, torch.Tensor], count: int) -> None:
-                results["quality"][name] = compared(
-                    {way: items[:count] for way, items in lists.items()}, targets[:count]
-                )
-                write_json(RESULTS, results)
-                print(name, results["quality"][name], flush=True)
-
-            default = working_dtype("auto", torch.device("cpu"))
-            for beams, name in ((1, "1 beam"), (BEAMS, f"{BEAMS} beams")):
-                lists = {"ours": ours(model, log, some, beams, torch.float32)}
-                if default != torch.float32:
-                    lists[str(default).removeprefix("torch.")] = ours(model, log, some, beams, default)
-                if beams == 1:
-                    lists["authors"] = peers[1].label(some)
-                else:  # every prompt read whole, by `generate`, up to the title's end
-                    with replaced(decoding, "shared_cache", lambda *_: None):
-                        lists["plain"] = ours(model, log, some, beams, torch.float32)
-                say(name, lists, len(some))
-            few = asked.peer if asked.peer < len(some) else len(some)
-            say(
-                f"{BEAMS} beams, authors", {"ours": lists["ours"][:few], "authors": peers[BEAMS].label(some[:few])}, few
-            )
+            compare(model, log, some, asked.peer, asked.lists, peers, results)
 
 
 if __name__ == "__main__":
