@@ -2,8 +2,10 @@
 
 `make tune`, or `python -m tests.bench.tune --protocols ml-1m-recbole ...`; resumable, every trial is a file. Settings are tried one
 after the other (learning rate, dropout, width, layers, L), and the better value is kept, so every model and protocol costs `1 + 5`
-trials of few epochs. The best settings are then trained until they stop improving with every seed, tested once, and written as
-`properties/tuned/<model>-<protocol>.yaml`. `--seeds` without a seed writes that file without a test, for a benchmark to test.
+trials of few epochs. Where users are long, a batch of 2,048 targets is a few dozen of them only; there a larger one, at twice the learning
+rate, is tried after the learning rate, for one more trial. The best settings are then trained until they stop improving with every seed,
+tested once, and written as `properties/tuned/<model>-<protocol>.yaml`. `--seeds` without a seed writes that file without a test, for a
+benchmark to test.
 """
 
 import argparse
@@ -35,7 +37,7 @@ PROTOCOLS = {
     "amazon-games": {"dataset": "amazon-games", "trial_epochs": 2, **INTER},
     # RecBole's published table: ratings from 3 up, ten or more per user and item
     "ml-1m-recbole": {
-        "dataset": "ml-1m", "trial_epochs": 3, "final_epochs": 30, "val_interval": {"rating": "[3,inf)"},
+        "dataset": "ml-1m", "trial_epochs": 12, "final_epochs": 60, "large_batch": 8192, "val_interval": {"rating": "[3,inf)"},
         "load_col": {"inter": ["user_id", "item_id", "rating", "timestamp"]}, "unused_col": {"inter": ["rating"]},
         "user_inter_num_interval": "[10,inf)", "item_inter_num_interval": "[10,inf)",
     },
@@ -61,15 +63,17 @@ START = {
 
 
 def other_values(model: str, protocol: str) -> list[dict]:
-    """What is tried against the value so far, in this order."""
+    """What is tried against the value so far, in this order; a function makes a value of the settings so far."""
     length = {"MAX_ITEM_LIST_LENGTH": 20 if protocol in SHORT else 200}
+    size = PROTOCOLS[protocol].get("large_batch")
+    larger = [{"train_batch_size": size, "learning_rate": lambda chosen: 2 * chosen["learning_rate"]}] if size else []
     if model == "SASRec":
         return [
-            {"learning_rate": 3e-3}, {"hidden_dropout_prob": 0.5, "attn_dropout_prob": 0.5},
+            {"learning_rate": 3e-3}, *larger, {"hidden_dropout_prob": 0.5, "attn_dropout_prob": 0.5},
             {"hidden_size": 128, "inner_size": 256}, {"n_layers": 1}, length,
         ]  # fmt: skip
     return [
-        {"learning_rate": 3e-3}, {"dropout_prob": 0.5}, {"embedding_size": 128, "hidden_size": 256}, {"num_layers": 2}, length,
+        {"learning_rate": 3e-3}, *larger, {"dropout_prob": 0.5}, {"embedding_size": 128, "hidden_size": 256}, {"num_layers": 2}, length,
     ]  # fmt: skip
 
 
@@ -82,6 +86,7 @@ class Trials:
         self.dataset, self.trial_epochs = settings.pop("dataset"), settings.pop("trial_epochs", None)
         self.final_epochs = settings.pop("final_epochs", 100)
         self.chosen_under, self.patience = settings.pop("chosen_under", None), settings.pop("patience", 3)
+        settings.pop("large_batch", None)
         self.settings = COMMON | settings | ({} if self.dataset == "ml-100k" else {"data_path": data_path})
         self.folder = RESULTS / f"{model}-{protocol}"
         self._data: tuple | None = None
@@ -130,7 +135,8 @@ class Trials:
         chosen, trials = dict(START[self.model]), []
         best = self.run(chosen, 2020, self.trial_epochs, self.patience)
         trials.append(best)
-        for change in other_values(self.model, self.protocol):
+        for values in other_values(self.model, self.protocol):
+            change = {key: value(chosen) if callable(value) else value for key, value in values.items()}
             trial = self.run(chosen | change, 2020, self.trial_epochs, self.patience)
             trials.append(trial)
             if trial["valid ndcg@10"] > best["valid ndcg@10"]:
@@ -179,10 +185,12 @@ def as_yaml(model: str, trials: Trials, chosen: dict, tested: list[dict]) -> str
     tried: dict[str, set] = {}
     for change in [START[model], *other_values(model, trials.chosen_under or trials.protocol)]:
         for key, value in change.items():
-            tried.setdefault(key, set()).add(value)
+            tried.setdefault(key, set()).add(chosen.get(key) if callable(value) else value)
     settings = {"model": model, "dataset": trials.dataset}
     skip = ("show_progress", "state", "data_path", "metrics", "topk")
     settings |= {key: value for key, value in trials.settings.items() if key not in skip}
+    if "train_batch_size" in tried:
+        tried["train_batch_size"].add(settings["train_batch_size"])
     settings |= {"epochs": trials.final_epochs, "stopping_step": FINAL_PATIENCE}
     lines = [f"# {model} under the protocol {trials.protocol}, as tests/bench/tune.py chose it on validation rows."]
     if tested:
