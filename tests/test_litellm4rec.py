@@ -193,10 +193,15 @@ def test_the_rates_rise_for_so_many_steps_with_any_optimizer_and_after_a_resume(
 
 
 def test_phase_b_begins_with_the_best_weights_of_phase_a(ring, folders, monkeypatch):
-    """A learns so fast that it soon gets worse."""
-    settings = {"lite_item_train": "full", "lite_unfreeze_epochs": 1, "epochs": 8, "learning_rate": 0.3}
+    """A is told that it soon gets worse; whether it does differs from machine to machine."""
+    settings = {"lite_item_train": "full", "lite_unfreeze_epochs": 1, "epochs": 4}
     run, begins = Run(ring, folders["bert"], **settings), {}
-    begin = type(run.trainer)._begin_b
+    begin, validate = type(run.trainer)._begin_b, type(run.trainer)._valid_epoch
+    told = iter([0.2, 0.3, 0.1, 0.1])
+
+    def worse(trainer, *args, **more):
+        score, result = validate(trainer, *args, **more)
+        return next(told, score), result
 
     def noted(trainer, *args):
         begins["best"] = read_checkpoint(trainer.saved_model_file)
@@ -205,9 +210,10 @@ def test_phase_b_begins_with_the_best_weights_of_phase_a(ring, folders, monkeypa
         begin(trainer, *args)
 
     monkeypatch.setattr(type(run.trainer), "_begin_b", noted)
+    monkeypatch.setattr(type(run.trainer), "_valid_epoch", worse)
     run.fit()
     best = begins["best"]["state_dict"]
-    assert begins["best"]["epoch"] < begins["last"] and all(
+    assert (begins["best"]["epoch"], begins["last"]) == (1, 3) and all(
         torch.equal(begins["now"][name], best[name]) for name in best
     )
 
