@@ -164,8 +164,10 @@ class Reading:
         self, network: nn.Module, rows: Sequence[Sequence[int]], cache: Any | None, cached: int, pad: int, room: int
     ):
         self.network, self.room = network, room
-        self._last_only = {"logits_to_keep": 1} if accepts(network, "logits_to_keep") else {}
         device = next(network.parameters()).device
+        # an index copies the last states; a slice of them would make torch repeat the head's weights for every row
+        last = {"logits_to_keep": torch.tensor([-1], device=device)}
+        self._last_only = last if accepts(network, "logits_to_keep") else {}
         ids, mask = padded([row[cached:] for row in rows], pad, device, left=True)
         self._mask = torch.cat([mask.new_ones(len(rows), cached), mask], dim=1)
         self._cache = copy.deepcopy(cache) if cached else None
