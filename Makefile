@@ -54,6 +54,7 @@ bench-full: $(READY) ## Time to RecBole's quality, quality after convergence, ph
 	$(BIN)/python -m tests.bench.phase_a
 	$(BIN)/python -m tests.bench.labelling
 	$(BIN)/python -m tests.bench.million
+	$(BIN)/python -m tests.bench.rows
 
 tune: $(READY) ## The tuned baselines again: hours, resumable, finished trials are taken from tests/bench/tuned
 	$(BIN)/python -m tests.bench.tune
