@@ -54,7 +54,9 @@ bench-full: $(READY) ## Time to RecBole's quality, quality after convergence, ph
 	$(BIN)/python -m tests.bench.phase_a
 	$(BIN)/python -m tests.bench.labelling
 	$(BIN)/python -m tests.bench.million
-	$(BIN)/python -m tests.bench.rows
+	$(BIN)/python -m tests.bench.rows --rows=28862 --teacher=LiteLLM4Rec --epochs=4 --distill_embedding=none --distill_weight=0.5 \
+		--learning_rate=0.001 --teacher_trained_rows=drop_target --teacher_lite_rec_layers=1 --threads=1 \
+		--config_files properties/tuned/DLLM2Rec-amazon-games.yaml
 
 tune: $(READY) ## The tuned baselines again: hours, resumable, finished trials are taken from tests/bench/tuned
 	$(BIN)/python -m tests.bench.tune

@@ -82,18 +82,24 @@ class Trial:
             self._aged[age] = self.replay.aged(age, min(age, self.oldest))
         return self._aged[age]
 
-    def walk(self, chance: Callable[[int, int], Tensor]) -> dict[int, tuple[Tensor, Tensor]]:
+    def walk(
+        self, chance: Callable[[int, int], Tensor], left: Callable[[Tensor], Tensor] = lambda asks: asks
+    ) -> dict[int, tuple[Tensor, Tensor]]:
         """How often a list of each age is at hand, and how often the cloud is asked then: age -> two sums over the steps [U].
 
         Args:
             chance: (age, number of the step) -> probability that each user asks [U].
+            left: What a budget leaves of the probabilities of a step [U].
         """
         share = {self.lag: torch.ones(len(self.replay.targets))}
         found: dict[int, tuple[Tensor, Tensor]] = {}
         for number in range(self.steps):
             later: dict[int, Tensor] = defaultdict(lambda: torch.zeros(len(self.replay.targets)))
+            wish = {age: part * chance(age, number) * (age > 0) for age, part in share.items()}
+            wished = sum(wish.values())
+            kept = torch.where(wished > 0, left(wished) / wished.clamp_min(1e-12), 0.0)
             for age, part in share.items():
-                asks = part * chance(age, number) * (age > 0)
+                asks = wish[age] * kept
                 there, asked = found.get(age, (0.0, 0.0))
                 found[age] = there + part, asked + asks
                 later[1] += asks
@@ -108,14 +114,14 @@ class Trial:
         def chance(age: int, number: int) -> Tensor:
             key = age, number if policy.by_number else 0
             if key not in known:
-                known[key] = policy.within_budget(policy.chance(self.at(age), self.fresh, number))
+                known[key] = policy.chance(self.at(age), self.fresh, number)
             return known[key]
 
         def value(step: Step) -> np.ndarray:
             return row_metric(step.rank(fusion).tolist(), metric, k)
 
         best, total, rate = value(self.fresh), np.zeros(len(self.replay.targets)), 0.0
-        for age, (there, asked) in self.walk(chance).items():
+        for age, (there, asked) in self.walk(chance, policy.expected).items():
             total += asked.numpy() * best + (there - asked).numpy() * value(self.at(age))
             rate += float(asked.mean())
         return rate / self.steps, total / self.steps

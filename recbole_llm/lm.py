@@ -194,7 +194,6 @@ class LanguageModel:
         self._adapter, self._writing = adapter, None
         return result
 
-    @torch.inference_mode()
     def refuse_longer(self, max_new_tokens: int) -> None:
         """Refuse answers that leave no room for a prompt. Raises: ValueError."""
         if not 0 < max_new_tokens < self._tokens.context:
@@ -203,6 +202,7 @@ class LanguageModel:
                 f"answer; there is 1 to {self._tokens.context - 1}. Set generate_max_new_tokens."
             )
 
+    @torch.inference_mode()
     def generate(
         self,
         prompts: Sequence[str],

@@ -3,11 +3,11 @@
 Every phase is a training of the plain RecBole model with a data window, a loss and a validation of its own; it begins with the best
 weights of the phase before, and its checkpoint is one of that model.
 
-Paper: LSC4Rec (arXiv 2501.05647), collaborative training. Differs from the authors' code, which `lsc_mode: code` brings back: lists hold
-real items only, and padding is never trained; every target is trained on once an epoch, not some of a user's last three; a target that the
-cloud did not propose is not put into its list, since a device that finds it there each time learns to distrust the cloud; a phase is
-stopped on validation rows of its own time, and kept only where it is better there than what it began with; the cooperative phase may keep
-the independent loss beside its own (`lsc_base_weight`), without which a device forgets how to rank what the cloud does not propose.
+Paper: LSC4Rec (arXiv 2501.05647), collaborative training. Lists hold real items only. Differs from the authors' code, which
+`lsc_mode: code` brings back, where padding is never trained; every target is trained on once an epoch, not some of a user's last three; a
+target that the cloud did not propose is not put into its list, since a device that finds it there each time learns to distrust the cloud; a
+phase is stopped on validation rows of its own time, and kept only where it is better there than what it began with; the cooperative phase
+may keep the independent loss beside its own (`lsc_base_weight`), without which a device forgets how to rank what no cloud proposes.
 """
 
 import logging

@@ -104,11 +104,17 @@ class Policy:
 
     def drawn(self, now: "Step", fresh: "Step", number: int, generator: torch.Generator) -> Tensor:
         """Who asks at a step [U]. Args: see `chance`; generator of what is drawn."""
-        return self.within_budget(drawn(self.chance(now, fresh, number), generator, self.group))
+        asked = drawn(self.chance(now, fresh, number), generator, self.group)
+        return asked if self.budget is None else first_come(asked, self.budget, self.group)
 
-    def within_budget(self, asks: Tensor) -> Tensor:
-        """Who asks, or with which chance, while the budget lasts [U]."""
-        return asks if self.budget is None else asks * first_come(asks > 0, self.budget, self.group)
+    def expected(self, chance: Tensor) -> Tensor:
+        """What a budget leaves of chances to ask at a step [U]; a group has what is expected to be left by those before. Args: [U]."""
+        if self.budget is None:
+            return chance
+        wish = chance[:: self.group]
+        room = int(self.budget * len(wish) + 1e-9) - (wish.cumsum(0) - wish)
+        share = torch.where(wish > 0, torch.minimum(wish, room.clamp_min(0)) / wish, 0.0)
+        return chance * share.repeat_interleave(self.group)[: len(chance)]
 
 
 @dataclass

@@ -157,10 +157,15 @@ class Collaboration:
                 raise ValueError(
                     f"lsc_{name}=[]: needs one at least; there is {'0.2' if name == 'rates' else ', '.join(PHASES)}. Set lsc_{name}."
                 )
-        if merged["lag"] > REAL_TIME + 1:
+        if merged["lag"] > REAL_TIME:
             raise ValueError(
                 f"lsc_lag={merged['lag']}: lists that far behind the validation targets are of histories whose next items the cloud was "
-                f"trained on; there is 0 to {REAL_TIME + 1}. Set lsc_lag."
+                f"trained on; there is 0 to {REAL_TIME}. Set lsc_lag."
+            )
+        if merged["hard"] == "digits" and not merged["list_cloud"]:
+            raise ValueError(
+                "lsc_hard=digits: makes numbers of the pieces of the cloud's candidates, and lsc_list_cloud=0 takes none; there is "
+                "lsc_hard=random. Set one of them."
             )
         for rate in merged["rates"]:
             check_range({"lsc_rates": rate}, "lsc_rates", 0.0, 1.0)
@@ -169,6 +174,11 @@ class Collaboration:
         phases = tuple(phase for phase in PHASES if phase in merged["phases"])
         if merged["evaluation"] == "static":
             merged["steps"] = 1
+            if not merged["lag"] and merged["policy"] not in ("never", "always"):
+                raise ValueError(
+                    f"lsc_policy={merged['policy']}: means nothing where no list is behind; there is never and always with lsc_lag=0, "
+                    "and all others with lsc_lag=1. Set one of them."
+                )
             if merged["policy"] == "periodic":
                 raise ValueError(
                     "lsc_policy=periodic: means nothing in one step; there is lsc_evaluation=stream, and other policies. Set one of them."

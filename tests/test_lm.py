@@ -325,6 +325,15 @@ def test_an_adapter_that_does_not_fit_or_does_nothing_is_refused(tuned, tiny_lm,
 # writing
 
 
+def test_prompts_are_read_without_a_graph(model, monkeypatch):
+    read, seen = decoding.Reading._read, []
+    monkeypatch.setattr(
+        decoding.Reading, "_read", lambda *args: seen.append(torch.is_inference_mode_enabled()) or read(*args)
+    )
+    model.generate(PROMPTS, max_new_tokens=2, progress=False)
+    assert seen and all(seen)
+
+
 def test_it_writes_the_learnt_titles_and_stops_behind_them(tuned):
     expected = [answer.rstrip("\n") for answer in ANSWERS]
     assert tuned.generate(PROMPTS, progress=False) == expected

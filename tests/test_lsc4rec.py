@@ -1,7 +1,5 @@
 """LSC4Rec as a whole: its ranking is what its account says, asked and evaluated, whatever the device model."""
 
-import dataclasses
-
 import pytest
 import torch
 from recbole.quick_start import run_recbole
@@ -110,11 +108,10 @@ def test_code_mode_trains_and_fuses_as_the_authors_code(source):
 
 
 def test_without_a_lag_no_policy_means_anything_in_one_step(source):
-    run = fitted(source, lsc_lag=0)
+    run = fitted(source, lsc_lag=0, lsc_policy="always")
     for name in ("random", "consistency", "learned", "oracle"):
         found = policy_of(name, 0.2, run.trainer.trial, run.model.fusion, run.trainer.settings, run.config)
         assert found == "no list is behind"
-    run.trainer.settings = dataclasses.replace(run.trainer.settings, policy="always")
     assert run.trainer.evaluate(run.data[2])["staleness"] == 0
 
 

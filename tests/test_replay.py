@@ -318,6 +318,24 @@ def test_a_policy_set_on_lists_that_lack_candidates_stands_lists_that_lack_none(
     assert replay_of(made).run(asks.policy, BOTH).rate == 0
 
 
+@pytest.mark.parametrize(("steps", "group"), [(1, 1), (4, 1), (1, 7)])
+def test_what_a_trial_expects_of_a_budget_is_what_replays_do(made, steps, group):
+    """Most users tie, so that chances below 1 meet the budget."""
+
+    def signal(step):
+        return (torch.arange(len(step.target)) // group % 7 == 6).float()
+
+    policy = by_signal(signal, Threshold(0.0, 0.3), group, budget=0.25)
+    replay = replay_of(made)
+    trial = Trial(replay_of(made, steps=1), 2, steps)
+    if steps == 1:
+        asked = [trial.replay.run(policy, BOTH, seed).rate for seed in range(200)]
+        assert trial.run(policy, BOTH, "NDCG", 5)[0] == pytest.approx(sum(asked) / len(asked), abs=0.02)
+    else:
+        assert trial.run(policy, BOTH, "NDCG", 5)[0] <= 0.25 + 1e-6
+        assert max(replay.run(policy, BOTH, seed).asked.float().mean(dim=0).max() for seed in range(20)) <= 0.25
+
+
 def test_users_of_the_authors_code_ask_in_groups(made):
     asks = asked_of(made, "consistency", rate=0.5, measure="code")
     asked = replay_of(made, 1, "valid").run(asks.policy, BOTH).asked[:, 0]

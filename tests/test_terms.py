@@ -27,7 +27,12 @@ from tests.collaborations import SMALL, fitted, prepared
         ),
         ({"lsc_alpha_by_age": "age"}, "lsc_alpha_by_age=age: is neither true nor false"),
         ({"lsc_keep_better": "no"}, "lsc_keep_better=no: is neither true nor false; there are True and False"),
-        ({"lsc_lag": 5}, "lsc_lag=5: lists that far behind .* the cloud was trained on; there is 0 to 4"),
+        ({"lsc_lag": 4}, "lsc_lag=4: lists that far behind .* the cloud was trained on; there is 0 to 3"),
+        (
+            {"lsc_lag": 0},
+            "lsc_policy=consistency: means nothing where no list is behind; there is never and always with",
+        ),
+        ({"lsc_list_cloud": 0, "lsc_hard": "digits"}, "lsc_hard=digits: makes numbers of the pieces of the cloud's"),
         ({"lsc_phases": []}, r"lsc_phases=\[\]: needs one at least; there is independent, cooperative, retrain"),
         ({"lsc_rates": []}, r"lsc_rates=\[\]: needs one at least; there is 0.2"),
         ({"device_model": "FDSA"}, "device_model=FDSA: it has features of the items as input"),
@@ -54,15 +59,21 @@ def test_values_that_a_setting_cannot_have(source, settings, message):
         prepared(source, **settings)
 
 
-@pytest.mark.parametrize("key", ["cloud", "device_model"])
-def test_it_can_be_neither_of_its_two(source, key):
-    own = {name: None for name in SMALL if name.startswith(f"{key.removesuffix('_model')}_")}
-    settings = {name: value for name, value in SMALL.items() if name not in own} | {
-        key: "LSC4Rec",
-        "data_path": str(source),
-    }
-    with pytest.raises(ValueError, match=f"{key}=LSC4Rec: is cloud and device together"):
-        run_recbole_llm("LSC4Rec", "log", config_dict=settings)
+@pytest.mark.parametrize(
+    ("key", "name", "message"),
+    [
+        ("cloud", "LSC4Rec", "is cloud and device together"),
+        ("device_model", "LSC4Rec", "is cloud and device together"),
+        ("device_model", "P5", "has a training of its own"),
+        ("device_model", "DLLM2Rec", "has a training of its own"),
+    ],
+)
+def test_not_every_model_can_be_one_of_its_two(source, key, name, message):
+    role = f"{key.removesuffix('_model')}_"
+    own = {setting: value for setting, value in SMALL.items() if not setting.startswith(role)}
+    own["load_col"] = None  # all columns, titles among them
+    with pytest.raises(ValueError, match=f"{key}={name}: {message}"):
+        run_recbole_llm("LSC4Rec", "log", config_dict=own | {key: name, "data_path": str(source)})
 
 
 def test_a_split_that_is_not_leave_one_out_is_refused(source):

@@ -34,7 +34,7 @@ from recbole_llm.loaders import cut_to
 from recbole_llm.phases import Phases
 from recbole_llm.replay import AtHand, Outcome, Replay, with_own
 from recbole_llm.request import places
-from recbole_llm.teacher import sample_of_rows
+from recbole_llm.teacher import Teacher, sample_of_rows
 from recbole_llm.terms import Collaboration
 from recbole_llm.timeline import REAL_TIME, Timeline
 from recbole_llm.trainer import SequenceTrainer
@@ -108,9 +108,15 @@ class LSC4Rec(SequentialRecommender):
                 raise ValueError(
                     f"{key}=LSC4Rec: is cloud and device together and cannot be one of them; there is SASRec, say. Set {key}."
                 )
-        if own := needs_more(config["device_model"]):
+        name = config["device_model"]
+        if name == "DLLM2Rec" or issubclass(get_model(name), Teacher):
             raise ValueError(
-                f"device_model={config['device_model']}: it has {own} and takes more than item sequences, which is all that a device here "
+                f"device_model={name}: has a training of its own, which the phases are not; there is SASRec, say. Set "
+                "device_model."
+            )
+        if own := needs_more(name):
+            raise ValueError(
+                f"device_model={name}: it has {own} and takes more than item sequences, which is all that a device here "
                 "knows; there is SASRec, GRU4Rec, DIN, NARM, STAMP, Caser or LightSANs, say. Set device_model."
             )
 

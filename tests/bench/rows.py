@@ -47,6 +47,8 @@ def taught(asked: argparse.Namespace, policy: str) -> dict:
         valid.append(line.valid[METRIC])
         test.append(line.metrics[METRIC])
         logging.info(f"{policy}, seed {seed}: validation NDCG@10 {valid[-1]:.5f}, test {test[-1]:.5f}")
+    if policy == WITHOUT:
+        return {"valid": valid, "test": test, "rows": 0, "label seconds": 0}
     known = Knowledge.load(Request.of(config, data.train._dataset).folder).manifest
     return {"valid": valid, "test": test, "rows": known["rows"], "label seconds": known["seconds"]}
 
@@ -71,7 +73,8 @@ def main() -> None:
     asked, settings = parser.parse_known_args()
     sys.argv[1:] = settings  # which RecBole's Config reads
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)
-    name = " ".join([f"{asked.dataset}, {asked.rows} rows of {asked.teacher}", *settings])
+    files = [f"--config_files {file}" for file in asked.config_files or ()]
+    name = " ".join([f"{asked.dataset}, {asked.rows} rows of {asked.teacher}", *settings, *files])
     found: dict[str, dict] = {}
     for policy in (*POLICIES, WITHOUT):
         found[policy] = taught(asked, policy)
