@@ -368,13 +368,9 @@ class Phases:
         real_time = name == "retrain" or name == "independent" and settings.independent_data == "real_time"
         if settings.targets == "drawn":
             targets = (timeline.real_time if real_time else timeline.last_historical).flatten()
-            # where the last of them is validated on, it trains nobody
-            kept = (
-                targets >= 0
-                if settings.select == "last"
-                else (targets >= 0) & ~torch.isin(targets, timeline.history_valid)
-            )
-            targets = targets[kept]
+            targets = targets[targets >= 0]
+            if settings.select == "best":  # the last of them is validated on, and trains nobody
+                targets = targets[~torch.isin(targets, timeline.history_valid)]
         else:
             targets = timeline.real_time.flatten() if real_time else timeline.train
         valid = self._of_users(timeline.valid if real_time else timeline.history_valid)
