@@ -131,3 +131,9 @@ def log_digest(log: Log, dataset: Any) -> str:
             "items": [items[item] for item in log.items.tolist()],
         }
     )
+
+
+def order_digest(dataset: Any) -> str:
+    """Hash of what the internal ids stand for: users' and items' tokens in their order, which the order of the files gives."""
+    fields = dataset.uid_field, dataset.iid_field
+    return digest([[str(token) for token in dataset.field2id_token[field]] for field in fields])

@@ -30,7 +30,7 @@ from recbole_llm.artifacts import (
 from recbole_llm.checkpoint import random_state, set_random_state
 from recbole_llm.config import check_range, check_topk, choice, role_config, shared
 from recbole_llm.folds import fault_of_folds, folds_of, others, refuse_user_tables, rows_of
-from recbole_llm.identity import Names, data_digest, fingerprint, titles_digest
+from recbole_llm.identity import Names, data_digest, fingerprint, order_digest, titles_digest
 from recbole_llm.labelling import Labeller, reads_windows, rows_of_a_shard, seal, whole_shard
 from recbole_llm.processes import WHOLE, Part
 from recbole_llm.rows import POLICIES, first
@@ -197,6 +197,7 @@ class Request:
 
     config: Any
     data: str
+    order: str
     folder: Path
     checkpoint: str | None
     part: Part
@@ -237,12 +238,12 @@ class Request:
         folder = (
             Path(config["checkpoint_dir"]) / "knowledge" / f"{config['teacher']}-{config['dataset']}-{digest(keys)}"
         )
-        return cls(teacher, data, folder, config["teacher_checkpoint"], Part.from_config(config))
+        return cls(teacher, data, order_digest(dataset), folder, config["teacher_checkpoint"], Part.from_config(config))
 
     @property
     def teacher_folder(self) -> Path:
         """Where the teacher is, or will be."""
-        return teacher_folder(self.config, self.data)
+        return teacher_folder(self.config, self.data, self.order)
 
     @property
     def exists(self) -> bool:

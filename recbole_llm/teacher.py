@@ -15,7 +15,7 @@ from torch import Tensor
 
 from recbole_llm.artifacts import DamagedArtifact, digest, file_digest, read_json, write_json
 from recbole_llm.config import read_yaml, recbole_yaml
-from recbole_llm.identity import data_digest, model_folders
+from recbole_llm.identity import data_digest, model_folders, order_digest
 from recbole_llm.loaders import eval_loader, train_loader
 from recbole_llm.model import PROPERTIES
 from recbole_llm.prompts import PREAMBLE, Words, answer, prompt
@@ -44,6 +44,8 @@ class Teacher(SequentialRecommender):
     """What tables call it; None is the name of its class."""
     learns_users: str | None = None
     """What it learns of each user by id, in words; None if it knows users by their histories alone."""
+    knows_by_token: bool = False
+    """Whether its state stands by tokens or texts, so that it means the same where the files' order gives other internal ids."""
 
     @property
     def history_length(self) -> int:
@@ -198,10 +200,18 @@ def identity(config: Any, labelling: bool) -> dict[str, Any]:
     return settings | {"folders": model_folders(settings)}
 
 
-def teacher_folder(config: Any, data: str) -> Path:
-    """Where the teacher with these settings on these data is kept."""
-    key = digest({**identity(config, labelling=False), "data": data})
-    return Path(config["checkpoint_dir"]) / "teachers" / f"{config['model']}-{config['dataset']}-{key}"
+def teacher_folder(config: Any, data: str, order: str) -> Path:
+    """Where the teacher with these settings is kept.
+
+    Args:
+        config: The teacher's own Config.
+        data: Hash of what it is trained on, see `data_digest`.
+        order: Hash of the internal ids, see `order_digest`: most models hold a vector per internal id.
+    """
+    keys = {**identity(config, labelling=False), "data": data}
+    if not getattr(get_model(config["model"]), "knows_by_token", False):
+        keys["order"] = order
+    return Path(config["checkpoint_dir"]) / "teachers" / f"{config['model']}-{config['dataset']}-{digest(keys)}"
 
 
 def ready(
@@ -217,7 +227,7 @@ def ready(
         key: The setting that names it.
 
     Raises:
-        ValueError: `checkpoint` names no file or another model.
+        ValueError: `checkpoint` names no file, another model, or one whose items have other internal ids.
     """
     # before the model, to which RecBole's loaders tell names of columns by way of the Config (BERT4Rec's mask)
     valid = valid_data and eval_loader(config, valid_data)
@@ -227,7 +237,7 @@ def ready(
     if checkpoint:
         if not Path(checkpoint).is_file():
             raise ValueError(f"{key}={checkpoint}: no such file. Set {key} to a .safetensors file of ours.")
-        return _loaded(model, checkpoint, key)
+        return _loaded(model, checkpoint, key, dataset)
     folder = folder_of(config, dataset)
     file = folder / "model.safetensors"
     trainer = trainer_class(config)(config, model)
@@ -244,7 +254,7 @@ def ready(
 
 def folder_of(config: Any, dataset: Any) -> Path:
     """Where the teacher with these settings on this training split is kept."""
-    return teacher_folder(config, data_digest(Log.from_dataset(dataset), dataset, config))
+    return teacher_folder(config, data_digest(Log.from_dataset(dataset), dataset, config), order_digest(dataset))
 
 
 def is_ready(folder: Path) -> bool:
@@ -264,13 +274,44 @@ def seconds_of(folder: Path) -> float | None:
         return None
 
 
-def _loaded(model: SequentialRecommender, file: str | Path, key: str = "teacher_checkpoint") -> SequentialRecommender:
+def _loaded(
+    model: SequentialRecommender, file: str | Path, key: str = "teacher_checkpoint", dataset: Any = None
+) -> SequentialRecommender:
     state = read_checkpoint(file, model.device)
     if state["config"]["model"] != type(model).__name__:
         raise ValueError(
             f"{key}={file}: holds a {state['config']['model']}, not a {type(model).__name__}. Set {key.partition('_')[0]} to "
             f"{state['config']['model']} or name another file."
         )
+    if dataset is not None and not getattr(model, "knows_by_token", False):
+        refuse_other_items(file, state["meta"].get("items"), dataset, key)
     model.load_state_dict(state["state_dict"])
     model.load_other_parameter(state.get("other_parameter"))
     return model.eval()
+
+
+def refuse_other_items(file: str | Path, tokens: list[str] | None, dataset: Any, key: str) -> None:
+    """Refuse a checkpoint whose vectors would be taken for those of other items.
+
+    Args:
+        file: The checkpoint.
+        tokens: Its items by internal id; nothing is refused where it does not say them.
+        dataset: The data it is to teach on.
+        key: The setting that names it.
+
+    Raises:
+        ValueError: The items are others, or stand in another order.
+    """
+    here = [str(token) for token in dataset.field2id_token[dataset.iid_field]]
+    if not tokens or tokens == here:
+        return
+    others = len(set(tokens) ^ set(here))
+    fault = (
+        f"{others} of its items are not in both"
+        if others
+        else "its items have other internal ids, as files in another order give"
+    )
+    raise ValueError(
+        f"{key}={file}: was trained on other data: {fault}, so its vectors would be taken for those of other items. Set {key} to a "
+        "checkpoint trained on these files, or leave it empty to have one trained."
+    )

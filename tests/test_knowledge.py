@@ -18,6 +18,7 @@ from recbole_llm.knowledge import Knowledge, Request, asked_rows, ensure
 from recbole_llm.quick_start import run_folder
 from recbole_llm.rows import POLICIES
 from recbole_llm.sequences import Log
+from recbole_llm.teacher import item_table, ready
 from tests.conftest import ROOT
 from tests.oracle import Killed, Oracle, ask, distilled, prepared, student
 from tests.ring import RING, TOKENS, following, shuffled
@@ -277,6 +278,36 @@ def test_another_checkpoint_under_the_same_name_is_another_teacher(ring, tmp_pat
         parts = prepared(ring, teacher_checkpoint="t.safetensors")
         folders.add(Request.of(parts.config, parts.train._dataset).folder)
     assert len(folders) == 2
+
+
+def test_a_kept_teacher_is_not_taken_for_files_in_another_order(ring, tmp_path):
+    """Its vectors stand by internal id, which the order of the files gives; one folder holds both teachers."""
+
+    def teach(data_path, **more):
+        settings = {"teacher_trained_rows": "keep", "teacher_epochs": 1, "checkpoint_dir": "both"}
+        parts = prepared(data_path, teacher="SASRec", **settings, **more)
+        request, dataset = Request.of(parts.config, parts.train._dataset), parts.train._dataset
+        vectors = item_table(ready(request.config, dataset, parts.valid, request.checkpoint))
+        return request, vectors, list(dataset.field2id_token["item_id"])
+
+    other = shuffled(ring, tmp_path / "other")
+    (here, vectors, tokens), (there, _, others) = teach(ring), teach(other)
+    assert tokens != others and here.folder == there.folder
+    assert here.teacher_folder != there.teacher_folder and (there.teacher_folder / "done.json").exists()
+    kept = str(here.teacher_folder / "model.safetensors")
+    assert torch.equal(teach(ring, teacher_checkpoint=kept)[1], vectors)
+    with pytest.raises(
+        ValueError, match="teacher_checkpoint=.*: was trained on other data: its items have other internal ids"
+    ):
+        teach(other, teacher_checkpoint=kept)
+
+
+def test_a_teacher_that_stands_by_titles_is_the_same_in_any_order_of_the_files(ring, tmp_path):
+    folders = set()
+    for data_path in (ring, shuffled(ring, tmp_path / "other")):
+        parts = prepared(data_path)
+        folders.add(Request.of(parts.config, parts.train._dataset).teacher_folder)
+    assert len(folders) == 1
 
 
 @pytest.mark.parametrize("length", [3, 10])

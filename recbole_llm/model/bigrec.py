@@ -64,6 +64,7 @@ class BIGRec(Teacher):
 
     input_type = InputType.POINTWISE
     scores_are = "distance"
+    knows_by_token = True
 
     def __init__(self, config, dataset):
         super().__init__(config, dataset)

@@ -53,6 +53,7 @@ class P5(Teacher):
     """
 
     input_type = InputType.POINTWISE
+    knows_by_token = True
 
     def __init__(self, config, dataset):
         super().__init__(config, dataset)
