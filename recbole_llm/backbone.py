@@ -1,8 +1,9 @@
 """A pretrained network as a trainable part of a recommender: it reads tokens or vectors, and gives one state per position.
 
-Any family of Hugging Face's text models: encoders (BERT and its kin, the encoder of T5) and causal language models. Both kinds read
-with either mask. Rows are read from their first position on, wherever their padding stands, so that absolute positions (BERT, GPT-2),
-rotated ones (Llama) and relative ones (T5) mean the same in every batch.
+Most families of Hugging Face's text models: encoders (BERT and its kin, the encoder of T5) and causal language models. Both kinds read
+with either mask; a family whose attention takes no mask of ours is refused when it is loaded. Rows are read from their first position
+on, wherever their padding stands, so that absolute positions (BERT, GPT-2), rotated ones (Llama) and relative ones (T5) mean the same
+in every batch.
 """
 
 import contextlib
@@ -14,6 +15,8 @@ import peft
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as WRITERS
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
 
 from recbole_llm import pretrained
 from recbole_llm.adapter import lora_targets, with_lora
@@ -27,7 +30,8 @@ class Backbone(nn.Module):
         causal: Whether a position reads itself and earlier ones only; otherwise it reads all of its row.
 
     Attributes:
-        width: Length of a state, and of a vector that goes in.
+        width: Length of a state.
+        input_width: Length of a vector that goes in; some families (ELECTRA, ALBERT) have it shorter.
         positions: Most positions of a row that it was built for; None if its positions are relative or rotated without end.
     """
 
@@ -36,7 +40,8 @@ class Backbone(nn.Module):
         self.network, self.causal = network, causal
         config = text_config(network.config)
         self.width: int = config.hidden_size
-        self.positions: int | None = getattr(config, "max_position_embeddings", None)
+        self.input_width: int = network.get_input_embeddings().embedding_dim
+        self.positions = positions_of(network)
         # a mask of truth values is added as numbers by attention in plain torch code, such as MPNet's
         self.additive = network.config._attn_implementation == "eager"
 
@@ -51,6 +56,7 @@ class Backbone(nn.Module):
         pretrained_weights: bool = True,
         key: str = "llm",
         revision: str | None = None,
+        reads: str = "vectors",
     ) -> Self:
         """Find a model (see `pretrained.find`) and load its first layers, in float32.
 
@@ -62,10 +68,11 @@ class Backbone(nn.Module):
             pretrained_weights: Whether its weights are loaded; otherwise they are drawn, which is the control of what they are worth.
             key: The setting that names the model, for messages.
             revision: Branch, tag or commit on the hub.
+            reads: What it is to read, vectors | tokens; a family that cannot is refused here.
 
         Raises:
             pretrained.ModelNotFound: No source has it.
-            ValueError: It has fewer layers.
+            ValueError: It has fewer layers, or its family cannot be read with our masks.
         """
         folder = pretrained.find(name, revision, key)
         config = configuration(folder)
@@ -84,6 +91,8 @@ class Backbone(nn.Module):
                     setattr(own, entry, dropout)
         # of an encoder-decoder (T5) the encoder alone
         kind = transformers.AutoModelForTextEncoding if config.is_encoder_decoder else transformers.AutoModel
+        if config.is_encoder_decoder and type(config) not in transformers.MODEL_FOR_TEXT_ENCODING_MAPPING:
+            raise ValueError(unreadable(key, name, config.model_type, "its encoder cannot be had alone"))
         with quietly():
             if pretrained_weights:
                 network = kind.from_pretrained(
@@ -98,11 +107,42 @@ class Backbone(nn.Module):
                 network = kind.from_config(config, dtype=torch.float32, trust_remote_code=False)
         if getattr(network, "pooler", None) is not None:
             network.pooler = None  # nothing here reads it, and what is not read has no gradient
-        return cls(network, causal)
+        backbone = cls(network, causal)
+        if fault := backbone.fault_of_reading(reads):
+            raise ValueError(unreadable(key, name, config.model_type, fault))
+        return backbone
+
+    @torch.no_grad()
+    def fault_of_reading(self, reads: str) -> str | None:
+        """Why this family does not read two short rows as its mask says; None if it does. Args: reads, vectors | tokens."""
+        real = torch.tensor([[True] * 4, [True, True, False, False]])
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randint(10, 18, (2, 4), generator=generator)
+        changed = tokens.clone()
+        changed[0, 3], changed[1, 2:] = changed[0, 3] + 1, changed[1, 2:] + 1  # what is last, and what is padding
+        was_training = self.training
+        self.eval()
+        try:
+            if reads == "vectors":
+                drawn = torch.randn(32, self.input_width, generator=generator) * self.token_spread()
+                states, others = (self(drawn[each], real) for each in (tokens, changed))
+            else:
+                states, others = (self.read(each, real) for each in (tokens, changed))
+        except Exception as error:  # whatever a family raises here, it does not take what we give it
+            return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        finally:
+            self.train(was_training)
+        moved = (states - others).abs().amax(dim=2)
+        still = 1e-3 * float(states.abs().max())
+        if moved[1, :2].max() > still:
+            return "what stands in padding changes what it says"
+        if self.causal and moved[0, :3].max() > still:
+            return "it reads what comes later"
+        return None
 
     def without_tokens(self) -> Self:
         """Let go of the table of tokens, which a reader of vectors does not need."""
-        stub = nn.Embedding(1, self.width).requires_grad_(False)
+        stub = nn.Embedding(1, self.input_width).requires_grad_(False)
         self.network.set_input_embeddings(stub)
         return self
 
@@ -111,7 +151,7 @@ class Backbone(nn.Module):
         return float(self.network.get_input_embeddings().weight.detach().std())
 
     def forward(self, vectors: Tensor, real: Tensor) -> Tensor:
-        """Read vectors [B, l, width]; real, bool [B, l], tells them from padding. Returns states [B, l, width]."""
+        """Read vectors [B, l, input_width]; real, bool [B, l], tells them from padding. Returns states [B, l, width]."""
         return self._in_place("inputs_embeds", vectors, real)
 
     def read(self, tokens: Tensor, real: Tensor) -> Tensor:
@@ -145,7 +185,7 @@ class Backbone(nn.Module):
         return contextlib.nullcontext()
 
     def read_on(self, vectors: Tensor, allowed: Tensor, place: Tensor, kept: Any) -> Tensor:
-        """Read vectors [B, l, width] behind what was read before.
+        """Read vectors [B, l, input_width] behind what was read before.
 
         Args:
             vectors: What is new.
@@ -210,6 +250,25 @@ DROPOUTS = (
 """What families call their dropouts in their configurations."""
 OVERFLOW = ("t5", "mt5", "umt5")
 """Families whose states outgrow float16."""
+READABLE = "BERT, RoBERTa, MPNet, DistilBERT, ELECTRA, ALBERT, ModernBERT, the encoder of T5, GPT-2, Llama, Mistral, Qwen, Gemma"
+
+
+def unreadable(key: str, name: str, kind: str, fault: str) -> str:
+    """What is said of a model whose family we cannot read."""
+    return (
+        f"{key}={name}: a model of the family {kind} cannot be read with masks of ours ({fault}); there are {READABLE} and their like. "
+        f"Set {key} to one of them, by folder or by its name on the hub."
+    )
+
+
+def positions_of(network: nn.Module) -> int | None:
+    """Most positions of a row that a network was built for; None if they are relative or rotated without end."""
+    most = getattr(text_config(network.config), "max_position_embeddings", None)
+    for table in network.modules():
+        # RoBERTa and its like count positions from behind the padding's number
+        if isinstance(table, nn.Embedding) and table.num_embeddings == most and table.padding_idx is not None:
+            return most - table.padding_idx - 1
+    return most
 
 
 def configuration(folder: str | Path) -> Any:
@@ -223,8 +282,14 @@ def text_config(config: Any) -> Any:
 
 
 def causal_by_training(config: Any) -> bool:
-    """Whether a model was trained to read from left to right."""
+    """Whether a model was trained to read from left to right, and writes: its checkpoint has the head for it."""
     return any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in config.architectures or [])
+
+
+def reads_causally(config: Any) -> bool:
+    """Whether a model was trained to read from left to right, also where it is saved without its head, as embedders are."""
+    only_writes = config.model_type in WRITERS and config.model_type not in {*MASKED, "xlnet"}
+    return causal_by_training(config) or only_writes
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from recbole_llm import pretrained
 from recbole_llm.artifacts import cached_tensor, digest
-from recbole_llm.backbone import Backbone, causal_by_training, configuration, text_config
+from recbole_llm.backbone import Backbone, configuration, reads_causally, text_config
 from recbole_llm.tokens import Tokens, padded
 
 POOLS = ("mean", "last")
@@ -79,11 +79,11 @@ class ItemReader(nn.Module):
         """
         folder = pretrained.find(name, revision, key)
         config = configuration(folder)
-        causal = causal_by_training(config)
+        causal = reads_causally(config)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         tokens = Tokens(tokenizer, text_config(config), causal)
         rows = tokens.shortened(tokens.of(["", *texts[1:]]), min(longest, tokens.context), front=False)
-        backbone = Backbone.load(name, causal=causal, dropout=dropout, key=key, revision=revision)
+        backbone = Backbone.load(name, causal=causal, dropout=dropout, key=key, revision=revision, reads="tokens")
         return cls(backbone, rows, pool, tokens_at_once, checkpointed)
 
     def forward(self, items: Tensor, progress: bool = False) -> Tensor:
@@ -158,7 +158,7 @@ def item_vectors(
     """
     different = sorted(set(texts[1:]))
     weights = pretrained.digest_of(pretrained.find(name, revision))
-    key = digest({"weights": weights, "texts": different, "pool": pool, "longest": longest, "format": 1})
+    key = digest({"weights": weights, "texts": different, "pool": pool, "longest": longest, "format": 2})
     file = Path(folder) / f"{Path(name).name}-{key}.safetensors"
     if not file.exists():
         logging.getLogger().info(f"{name} reads the texts of {len(different)} items; their vectors are kept in {file}.")

@@ -182,6 +182,11 @@ class TextTable(nn.Module):
         self._current = self._served = None
         super()._load_from_state_dict(*args, **kwargs)
 
+    def _apply(self, *args, **kwargs):
+        """Like torch's; what was kept for evaluation would stay on the old device and in the old number format."""
+        self._current = self._served = None
+        return super()._apply(*args, **kwargs)
+
     def __getstate__(self):
         """All but the tables of the last step, which hang on to their graph and cannot be copied."""
         return self.__dict__ | {"_current": None, "_served": None}

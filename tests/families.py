@@ -13,6 +13,10 @@ FAMILIES = {
     "bert": lambda: transformers.BertModel(transformers.BertConfig(**SMALL, max_position_embeddings=64)),
     # learned, and counted from behind the padding's number
     "roberta": lambda: transformers.RobertaModel(transformers.RobertaConfig(**SMALL, max_position_embeddings=64)),
+    # learned, and what goes in is shorter than a state
+    "electra": lambda: transformers.ElectraModel(
+        transformers.ElectraConfig(**SMALL, embedding_size=16, max_position_embeddings=64)
+    ),
     # relative, with attention in plain code
     "mpnet": lambda: transformers.MPNetModel(transformers.MPNetConfig(**SMALL, max_position_embeddings=64)),
     # relative, and of two halves

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+import transformers
 
-from recbole_llm.backbone import Backbone
+from recbole_llm.backbone import Backbone, causal_by_training, configuration, reads_causally
 from tests.families import FAMILIES, make_family
 
 LENGTHS = torch.tensor([9, 4, 1])
@@ -21,16 +22,17 @@ def folder(request, folders):
     return str(folders[request.param])
 
 
-def right_padded():
-    """Vectors [3, 9, 32], noise where there is padding, and what is real."""
+def right_padded(folder):
+    """Vectors [3, 9, width] for a family, noise where there is padding, and what is real."""
     real = torch.arange(9) < LENGTHS[:, None]
-    return torch.randn(3, 9, 32, generator=torch.Generator().manual_seed(0)), real
+    width = 16 if "electra" in str(folder) else 32
+    return torch.randn(3, 9, width, generator=torch.Generator().manual_seed(0)), real
 
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_padding_may_stand_on_either_side_and_says_nothing(folder, causal):
     backbone = Backbone.load(folder, causal=causal).eval()
-    vectors, real = right_padded()
+    vectors, real = right_padded(folder)
     states = backbone(vectors, real)
     noise = torch.where(real[..., None], vectors, 7.0)
     assert torch.allclose(backbone(noise, real)[real], states[real], atol=1e-5)
@@ -43,7 +45,7 @@ def test_padding_may_stand_on_either_side_and_says_nothing(folder, causal):
 
 
 def test_a_causal_mask_hides_what_comes_later_and_the_other_one_does_not(folder):
-    vectors, real = right_padded()
+    vectors, real = right_padded(folder)
     changed = vectors.clone()
     changed[0, 5:] = 2.0
     for causal in (True, False):
@@ -55,7 +57,7 @@ def test_a_causal_mask_hides_what_comes_later_and_the_other_one_does_not(folder)
 
 def test_tokens_are_read_as_their_vectors_are(folder):
     backbone = Backbone.load(folder, causal=False).eval()
-    tokens, (_, real) = torch.arange(2, 29).view(3, 9), right_padded()
+    tokens, (_, real) = torch.arange(2, 29).view(3, 9), right_padded(folder)
     table = backbone.network.get_input_embeddings()
     assert torch.allclose(backbone.read(tokens, real)[real], backbone(table(tokens), real)[real], atol=1e-5)
 
@@ -72,7 +74,7 @@ def test_fewer_layers_are_the_first_ones(folder):
 
 
 def test_without_the_table_of_tokens_vectors_are_read_as_before(folder):
-    vectors, real = right_padded()
+    vectors, real = right_padded(folder)
     backbone = Backbone.load(folder, causal=True).eval()
     before = backbone(vectors, real)
     assert torch.equal(backbone.without_tokens()(vectors, real), before)
@@ -86,7 +88,7 @@ def test_weights_may_be_drawn_and_dropout_set(folder):
     assert any(not torch.equal(weight, there[name]) for name, weight in loaded.named_parameters())
     shares = {module.p for module in loaded.modules() if isinstance(module, torch.nn.Dropout)}
     assert shares <= {0.3}
-    vectors, real = right_padded()
+    vectors, real = right_padded(folder)
     drawn.train()
     assert torch.equal(drawn(vectors, real), drawn(vectors, real))
 
@@ -94,7 +96,7 @@ def test_weights_may_be_drawn_and_dropout_set(folder):
 @pytest.mark.parametrize("how", ["full", "partial", "lora", "frozen"])
 def test_what_is_trained_is_what_was_asked(folder, how):
     backbone = Backbone.load(folder, causal=False)
-    vectors, real = right_padded()
+    vectors, real = right_padded(folder)
     before = backbone.eval()(vectors, real)
     backbone.train_only(how, layers=1, rank=2)
     trained = {name for name, weight in backbone.named_parameters() if weight.requires_grad}
@@ -110,6 +112,63 @@ def test_what_is_trained_is_what_was_asked(folder, how):
     else:
         assert trained and all("lora_" in name for name in trained)
     assert torch.allclose(backbone.eval()(vectors, real), before, atol=1e-6)
+
+
+@pytest.mark.parametrize("reads", ["vectors", "tokens"])
+def test_a_family_whose_attention_takes_no_mask_of_ours_is_refused_by_name(tmp_path, tiny_lm, reads):
+    small = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64}
+    config = transformers.DebertaV2Config(**small, vocab_size=110, relative_attention=True, pos_att_type=["p2c", "c2p"])
+    transformers.DebertaV2Model(config).save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match="lite_rec_llm=.*: a model of the family deberta-v2 cannot be read with masks of ours"
+    ):
+        Backbone.load(str(tmp_path), causal=False, key="lite_rec_llm", reads=reads)
+
+
+def test_an_encoder_decoder_whose_encoder_cannot_be_had_is_refused_by_name(tmp_path):
+    config = transformers.BartConfig(
+        vocab_size=110, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4,
+        encoder_ffn_dim=64, decoder_ffn_dim=64, max_position_embeddings=64,
+    )  # fmt: skip
+    transformers.BartModel(config).save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match="llm=.*: a model of the family bart cannot be read.*its encoder cannot be had alone"
+    ):
+        Backbone.load(str(tmp_path), causal=False)
+
+
+def test_a_family_that_reads_ahead_or_in_padding_is_found_out(folders):
+    backbone = Backbone.load(str(folders["bert"]), causal=True)
+    assert backbone.fault_of_reading("vectors") is None is backbone.fault_of_reading("tokens")
+    masked = backbone._mask
+    backbone._mask = lambda allowed: masked(torch.ones_like(allowed))
+    assert backbone.fault_of_reading("vectors") == "what stands in padding changes what it says"
+    backbone._mask = lambda allowed: masked(allowed | torch.tensor([True, False])[:, None, None, None])
+    assert backbone.fault_of_reading("tokens") == "it reads what comes later"
+
+
+def test_positions_are_those_that_a_row_may_use(folders):
+    positions = {
+        family: Backbone.load(str(folders[family]), causal=True).positions for family in ("bert", "roberta", "t5")
+    }
+    assert positions == {"bert": 64, "roberta": 63, "t5": None}
+    roberta = Backbone.load(str(folders["roberta"]), causal=True)
+    assert roberta(torch.randn(1, 63, 32), torch.ones(1, 63, dtype=torch.bool)).shape == (1, 63, 32)
+
+
+def test_a_causal_model_saved_without_its_head_is_read_as_it_was_trained(tmp_path):
+    small = {
+        "num_hidden_layers": 1,
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+        "vocab_size": 110,
+    }
+    transformers.MistralModel(transformers.MistralConfig(**small, num_key_value_heads=2)).save_pretrained(tmp_path)
+    config = configuration(tmp_path)
+    assert config.architectures == ["MistralModel"] and reads_causally(config) and not causal_by_training(config)
+    bert = transformers.BertConfig(**small, architectures=["BertModel"])
+    assert not reads_causally(bert)
 
 
 @pytest.mark.parametrize(("family", "wanted"), [("t5", torch.bfloat16), ("bert", torch.float16)])

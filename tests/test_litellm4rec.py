@@ -306,7 +306,7 @@ def unfrozen(ring, folders, **more):
     return run.model.train()
 
 
-@pytest.mark.parametrize(("head", "fresh"), [("free", 0), ("tied", -1)])
+@pytest.mark.parametrize(("head", "fresh"), [("free", 0), ("tied", -1), ("tied", 0)])
 def test_gradients_of_phase_b_equal_those_of_reading_every_text_in_every_place(ring, folders, head, fresh):
     model = unfrozen(ring, folders, lite_head=head, lite_fresh_items=fresh)
     naive = copy.deepcopy(model)
@@ -319,14 +319,33 @@ def test_gradients_of_phase_b_equal_those_of_reading_every_text_in_every_place(r
     states = naive.rec_llm(table.projector(read) + table.own[history], history > 0)[:, -1]
     weight = table.free
     if head == "tied":
-        every = torch.stack([naive.item_llm(torch.tensor([item]))[0] for item in range(1, naive.n_items)])
+        own = {*history.flatten().tolist(), *batch[naive.POS_ITEM_ID].tolist()}
+        every = [naive.item_llm(torch.tensor([item]))[0] for item in range(1, naive.n_items)]
+        if fresh == 0:  # what is not in the batch scores, but is not read for its gradient
+            assert len(own) < naive.n_items - 1
+            every = [vector if item in own else vector.detach() for item, vector in enumerate(every, start=1)]
+        every = torch.stack(every)
         inputs = table.projector(every) + table.own[1:]
         weight = table.to_head(torch.cat([torch.zeros_like(inputs[:1]), inputs]))
     functional.cross_entropy(naive.to_head(states) @ weight.T, batch[naive.POS_ITEM_ID]).backward()
-    theirs = dict(naive.named_parameters())
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None:
-            assert torch.allclose(parameter.grad, theirs[name].grad, rtol=1e-3, atol=1e-6), name
+    ours, theirs = (
+        {name: weight.grad for name, weight in each.named_parameters() if weight.grad is not None}
+        for each in (model, naive)
+    )
+    assert ours.keys() == theirs.keys()
+    assert sum(name.startswith("item_llm.") and bool(grad.any()) for name, grad in ours.items()) > 10
+    for name, grad in ours.items():
+        assert torch.allclose(grad, theirs[name], rtol=1e-3, atol=1e-6), name
+
+
+def test_targets_are_read_anew_at_all_positions_too(ring, folders):
+    run = Run(ring, folders["bert"], lite_item_train="full")
+    run.model.unfreeze()
+    seen, read = [], run.model._read_batch
+    run.model._read_batch = lambda items: (seen.append((items.clone(), run.model._wanted.clone())), read(items))
+    run.trainer._prepare(run.data[0])
+    run.trainer._train_epoch(run.data[0], 0)
+    assert seen and all(bool((targets > 0).any()) and targets.shape == items.shape for items, targets in seen)
 
 
 def test_items_outside_the_batch_keep_the_vector_that_was_read_last(ring, folders):
@@ -366,6 +385,28 @@ def test_one_network_may_be_both_levels(ring, folders, caplog):
     recommender = load_recommender(run.trainer.saved_model_file)
     recommender.add_items(["new"], ["blue otter"])
     assert not any(module.training for module in recommender.model.modules())
+
+
+def test_one_drawn_network_for_both_levels_reads_the_items_itself(ring, folders):
+    settings = {
+        "lite_share_backbones": True,
+        "lite_rec_layers": 0,
+        "lite_item_train": "full",
+        "lite_rec_pretrained": False,
+    }
+    model = Run(ring, folders["bert"], **settings).model.eval()
+    model.read_items()
+    read = model.item_reader(model.texts).table()
+    assert torch.allclose(model.item_embedding.vectors, read, atol=1e-6)
+
+
+def test_what_is_served_follows_the_model_to_another_number_format(ring, folders):
+    model = Run(ring, folders["bert"]).model.eval()
+    batch = sample_rows(model)
+    with torch.no_grad():
+        before = model.full_sort_predict(batch)
+        after = model.double().full_sort_predict(batch)
+    assert after.dtype == torch.float32 and torch.allclose(before, after, atol=1e-4)
 
 
 def test_how_it_was_made_is_said_beside_results(ring, folders):
@@ -446,6 +487,10 @@ def test_an_item_added_to_a_saved_model_is_recommended_without_training(ring, fo
     assert first.token == following(history[-1])
     recommender.add_items(["new"], [first.title])
     ranked = recommender.recommend(history, k=len(TOKENS) + 1)
+    place = [item.token for item in ranked].index("new")
+    assert place < len(ranked) // 2, (
+        "an item without history is put among those its text is like, also beside own vectors"
+    )
     if not own:  # on the ring a title tells nothing that own vectors do not tell better
         assert sorted(item.token for item in ranked[:2]) == sorted(["new", first.token])
     assert next(item.title for item in ranked if item.token == "new") == first.title

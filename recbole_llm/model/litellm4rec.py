@@ -93,7 +93,7 @@ class LiteLLM4Rec(Teacher):
             self.rec_llm.without_tokens()
         width = self.rec_llm.width
         head_width = config["lite_head_width"] or width
-        sizes = self.n_items, width_of(config["llm"], config["llm_revision"]), width, head_width
+        sizes = self.n_items, width_of(config["llm"], config["llm_revision"]), self.rec_llm.input_width, head_width
         self.item_embedding = TextTable(*sizes, config["lite_head"], config["lite_use_id_embedding"], spread)
         if has_text:
             self.item_embedding.put_in_order(dataset.field2id_token[dataset.iid_field])
@@ -103,6 +103,7 @@ class LiteLLM4Rec(Teacher):
         self.knows_items = False
         self._vectors_are_old = False
         self._batches_read = 0
+        self._wanted: Tensor | None = None
         self._item_llm_state: dict[str, Tensor] = {}
 
     def _refuse_misfits(self) -> None:
@@ -129,7 +130,12 @@ class LiteLLM4Rec(Teacher):
         folder = Path(config["checkpoint_dir"]) / "item_vectors"
         reading = config["lite_item_pool"], config["lite_item_tokens"]
         llm = config["llm"], config["llm_revision"]
-        vectors = item_vectors(*llm, self.texts, *reading, folder, self.device, config["show_progress"])
+        if config["lite_share_backbones"] and not config["lite_rec_pretrained"]:
+            vectors = self.item_reader(self.texts).table(
+                config["show_progress"]
+            )  # its weights are drawn, so none on disk are its own
+        else:
+            vectors = item_vectors(*llm, self.texts, *reading, folder, self.device, config["show_progress"])
         self.item_embedding.begin_with(vectors.to(self.device))
         self.knows_items = True
 
@@ -170,8 +176,14 @@ class LiteLLM4Rec(Teacher):
             self.item_llm = self.item_reader(self.texts)
             self._item_llm_state = {}
 
+    def expect(self, targets: Tensor) -> None:
+        """Say which items the next batch is to find, in any shape, 0 for none: phase B reads them anew, too."""
+        self._wanted = targets
+
     def _read_batch(self, items: Tensor) -> None:
-        """Read the items of a batch anew, with a gradient; all others keep the vector that was read last."""
+        """Read the items of a batch, histories and targets, anew with a gradient; all others keep the vector that was read last."""
+        if self._wanted is not None:
+            items, self._wanted = torch.cat([items.flatten(), self._wanted.flatten()]), None
         every = self.config["lite_refresh_steps"]
         if every and self._batches_read and self._batches_read % every == 0:
             self.refresh()
@@ -222,6 +234,7 @@ class LiteLLM4Rec(Teacher):
 
     def calculate_loss(self, interaction):
         """Cross entropy of the next item over the whole catalogue, at the last position of each row."""
+        self.expect(interaction[self.POS_ITEM_ID])
         states = self.forward(interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN])
         return functional.cross_entropy(states @ self.item_embedding.weight.T, interaction[self.POS_ITEM_ID])
 
@@ -352,6 +365,11 @@ class LiteLLM4RecTrainer(SequenceTrainer):
         for group in optimizer.param_groups:
             group["steps"] += 1
             group["lr"] = group["peak"] * min(1.0, group["steps"] / max(1, self.config["lite_warmup_steps"]))
+
+    def batch_loss(self, batch):
+        """Like `SequenceTrainer`'s; the model knows the batch's targets before it reads."""
+        self.model.expect(batch["target_list"] if self.all_positions else batch[self.model.POS_ITEM_ID])
+        return super().batch_loss(batch)
 
     def fit(self, train_data, valid_data=None, verbose=True, saved=True, show_progress=False, callback_fn=None):
         """Like RecBole's, in two phases if the Item LLM is to be trained."""
