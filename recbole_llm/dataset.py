@@ -361,6 +361,22 @@ class FlatSequentialDataset(SequentialDataset):
         return leave_out(grouped_index, leave_one_num)
 
 
+def share_of_ties(log: Any, user_field: str, time_field: str) -> float:
+    """Share of the interactions whose time another one of the same user has, too, so that the file decides their order.
+
+    Args:
+        log: The interactions as a pandas DataFrame, before RecBole makes tensors of it.
+        user_field: Name of the user column.
+        time_field: Name of the time column.
+
+    Returns:
+        0 to 1; nan for a log without times, as rows from files may be.
+    """
+    if time_field not in log:
+        return float("nan")
+    return float(log.duplicated([user_field, time_field], keep=False).mean())
+
+
 def grouped(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Places of equal keys, groups in the order of their first key.
 

@@ -17,7 +17,7 @@ from recbole_llm import folds, knowledge, plan, report, teacher
 from recbole_llm.artifacts import DamagedArtifact, digest, file_digest, read_metadata, write_json, write_tensors
 from recbole_llm.checkpoint import settings_of
 from recbole_llm.config import Config, check_topk, role_config
-from recbole_llm.dataset import create_dataset
+from recbole_llm.dataset import create_dataset, share_of_ties
 from recbole_llm.evaluation import TopLists
 from recbole_llm.identity import model_folders
 from recbole_llm.item_text import check_quotes
@@ -93,7 +93,7 @@ def run_recbole_llm(
 
 
 class Data(NamedTuple):
-    """RecBole's three loaders, and the share of interactions whose time another one of the same user has, too."""
+    """RecBole's three loaders, and the share of interactions whose time another one of the same user has, too; nan without times."""
 
     train: Any
     valid: Any
@@ -112,8 +112,8 @@ def load_data(config: Config) -> Data:
     single = int((dataset.inter_feat[dataset.uid_field].value_counts() == 1).sum())
     if single:
         logging.getLogger().warning(f"{single} users have one interaction only: there is nothing to predict for them.")
-    ties = dataset.inter_feat.duplicated([dataset.uid_field, dataset.time_field], keep=False).mean()
-    return Data(*data_preparation(config, dataset), float(ties))
+    ties = share_of_ties(dataset.inter_feat, dataset.uid_field, dataset.time_field)
+    return Data(*data_preparation(config, dataset), ties)
 
 
 def refuse_early(config: Config, data: Data) -> None:

@@ -289,13 +289,16 @@ def teaching_sentences(line: Line) -> list[str]:
 def protocol_sentence(
     eval_args: dict[str, Any], seen_items: str, ties: float, note: str | None, shuffle_text: int | None = None
 ) -> str:
-    """How the lines were evaluated, and what has to be known of the data."""
+    """How the lines were evaluated, and what has to be known of the data, whose share of `ties` is nan where they have no times."""
+    if math.isnan(ties):
+        tied = "The data have no times, so how many interactions share one is unknown; the files are the order."
+    else:
+        tied = f"{ties:.1%} of the interactions share their time with another one of the same user and keep the order of the file."
     seen = {"keep": "items of the history kept", "mask": "items of the user's whole history left out"}[seen_items]
     split = ", ".join(f"{kind}={how}" for kind, how in eval_args["split"].items())
     return (
         f"Protocol: RecBole's split {split} in the order {eval_args['order']}, test mode {eval_args['mode']['test']}, {seen}; "
-        f"students are selected on validation rows, LLMs by their answer loss there. {ties:.1%} of the interactions share their time "
-        f"with another one of the same user and keep the order of the file.{' ' + note if note else ''}"
+        f"students are selected on validation rows, LLMs by their answer loss there. {tied}{' ' + note if note else ''}"
         f"{'' if shuffle_text is None else ' ' + shuffled_sentence(shuffle_text)}"
     )
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import sys
 from pathlib import Path
 
@@ -235,6 +236,30 @@ def test_the_share_of_tied_times_is_counted_and_said(ring):
     share = sum(2 for times in first_times.values()) / sum(map(len, first_times.values()))
     table = run("SASRec", ring)["table"]
     assert f"{share:.1%} of the interactions share their time" in table and 0.05 < share < 0.5
+
+
+def test_rows_from_files_without_times_run_and_say_that_ties_are_unknown(tmp_path):
+    rows = ["user_id:token\titem_id_list:token_seq\titem_id:token"]
+    rows += [
+        f"{user}\t{' '.join(TOKENS[(user + step) % 24] for step in range(length))}\t{TOKENS[(user + length) % 24]}"
+        for user in range(24)
+        for length in (1, 2, 3)
+    ]
+    folder = tmp_path / "data" / "parts"
+    folder.mkdir(parents=True)
+    for part in ("train", "valid", "test"):
+        (folder / f"parts.{part}.inter").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    settings = ring_settings(tmp_path / "data", "SASRec", title_field=None) | {
+        "benchmark_filename": ["train", "valid", "test"],
+        "alias_of_item_id": ["item_id_list"],
+        "load_col": {"inter": ["user_id", "item_id_list", "item_id"]},
+    }
+    assert math.isnan(load_data(Config("SASRec", "parts", None, settings, read_argv=False)).ties)
+    result = run_recbole_llm("SASRec", "parts", config_dict=settings)
+    assert "The data have no times, so how many interactions share one is unknown" in result["table"]
+    for file in Path(result["folder"]).glob("*.json"):
+        json.loads(file.read_text(encoding="utf-8"), parse_constant=pytest.fail)
+    assert "nan" not in result["table"].lower()
 
 
 def test_what_cannot_be_masked_is_refused_before_the_teacher_works(ring, tiny_lm):
