@@ -364,6 +364,8 @@ class FlatSequentialDataset(SequentialDataset):
 def share_of_ties(log: Any, user_field: str, time_field: str) -> float:
     """Share of the interactions whose time another one of the same user has, too, so that the file decides their order.
 
+    Counted on what RecBole sorts by: it keeps floats in single precision, where unix seconds move in steps of 64 or 128.
+
     Args:
         log: The interactions as a pandas DataFrame, before RecBole makes tensors of it.
         user_field: Name of the user column.
@@ -374,7 +376,9 @@ def share_of_ties(log: Any, user_field: str, time_field: str) -> float:
     """
     if time_field not in log:
         return float("nan")
-    return float(log.duplicated([user_field, time_field], keep=False).mean())
+    times = log[time_field]
+    times = times.astype(np.float32) if times.dtype.kind == "f" else times
+    return float(log[[user_field]].assign(time=times).duplicated(keep=False).mean())
 
 
 def grouped(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -2,11 +2,13 @@
 
 import copy
 import gc
+import math
 import pickle
 import random
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import recbole.data
 import torch
@@ -26,6 +28,7 @@ from recbole_llm.dataset import (
     create_dataset,
     grouped,
     leave_out,
+    share_of_ties,
     stable_order,
 )
 from recbole_llm.quick_start import load_data
@@ -410,6 +413,33 @@ def test_rows_from_files_stay_recboles(tmp_path):
     assert dataset.field2id_token["item_id"][item].tolist() == ["b", "a", "b", "c"]
     dataset.pointer_column = "row"
     assert dataset[np.array([3, 1])]["row"].tolist() == [3, 1]
+
+
+def test_times_tie_as_the_order_sees_them():
+    """RecBole sorts by single precision: there 2^24 + 1 is 2^24, and so the file decides between them."""
+    log = pd.DataFrame({"user": [1, 1, 1, 2, 2], "time": [2.0**24, 2.0**24 + 1, 2.0**24 + 4, 2.0**24, 2.0**24 + 2]})
+    assert share_of_ties(log, "user", "time") == 2 / 5
+    assert share_of_ties(log.assign(time=[7.0, 8.0, 8.0, 8.0, 7.0]), "user", "time") == 2 / 5
+    whole = log.assign(time=log["time"].astype(int))  # a column of tokens is sorted by its whole ids
+    assert share_of_ties(whole, "user", "time") == 0
+    assert math.isnan(share_of_ties(log, "user", "when"))
+
+
+def test_the_share_of_ties_is_that_of_the_log_that_is_trained_on(tmp_path):
+    times = [884673930, 884673931, 884673990, 884674500]  # the first two are one number in single precision
+    rows = [f"{user}\ti{nth}\t{time}" for user in (1, 2) for nth, time in enumerate(times)]
+    (tmp_path / "small").mkdir()
+    text = "\n".join(["user_id:token\titem_id:token\ttimestamp:float", *rows])
+    (tmp_path / "small" / "small.inter").write_text(text + "\n", encoding="utf-8")
+    config = Config(
+        model="SASRec", dataset="small", config_dict=PLAIN | {"data_path": str(tmp_path), "train_neg_sample_args": None}
+    )
+    dataset = create_dataset(config)
+    counted = share_of_ties(dataset.inter_feat, "user_id", "timestamp")
+    dataset.build()
+    log = dataset.flat_log
+    _, number = torch.stack([log.user, log.column("timestamp").long()]).unique(dim=1, return_counts=True)
+    assert counted == int(number[number > 1].sum()) / len(log) == 0.5
 
 
 def test_create_dataset_changes_sequential_data_sets_only(data_path):
