@@ -104,6 +104,13 @@ def sample_rows(model, rows: int = 4, longest: int = 50) -> Interaction:
     return Interaction(columns).to(model.device)
 
 
+def sample_at_full_width(model) -> Interaction:
+    """The histories of `sample_rows`, padded to the width of RecBole's rows: some models run at no other width."""
+    sample = sample_rows(model).interaction
+    pad = model.max_seq_length - sample[model.ITEM_SEQ].shape[1]
+    return Interaction(sample | {model.ITEM_SEQ: functional.pad(sample[model.ITEM_SEQ], (0, max(0, pad)))})
+
+
 def fault_of_scores(model) -> str | None:
     """Why a model's ranking is not that of its state times its item table; None if it is.
 
@@ -112,9 +119,7 @@ def fault_of_scores(model) -> str | None:
     Args:
         model: A RecBole sequential model.
     """
-    sample = sample_rows(model).interaction
-    pad = model.max_seq_length - sample[model.ITEM_SEQ].shape[1]
-    batch = Interaction(sample | {model.ITEM_SEQ: functional.pad(sample[model.ITEM_SEQ], (0, max(0, pad)))})
+    batch = sample_at_full_width(model)
     try:
         with undisturbed(model):
             made = model(**forward_arguments(model, batch)) @ model.item_embedding.weight.T
@@ -139,7 +144,7 @@ def fault_of_loss(model, network) -> str | None:
         return f"{name} has no item_embedding table of one row per item"
     try:
         with undisturbed(model):
-            batch = sample_rows(model)
+            batch = sample_at_full_width(model)
             logits = network.forward(**forward_arguments(network, batch)) @ weight.T
             ours = functional.cross_entropy(logits, batch[model.POS_ITEM_ID])
             own = model.calculate_loss(batch)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from recbole.data.interaction import Interaction
 
-from recbole_llm.causality import forward_arguments, is_causal, sample_rows, states
+from recbole_llm.causality import fault_of_loss, forward_arguments, is_causal, sample_rows, states
 from tests.small_logs import random_log, stock, write_log
 
 
@@ -83,6 +83,17 @@ def test_forward_is_called_on_rows_with_what_it_names(tmp_path, model):
         assert torch.allclose(
             scores.view(len(batch), -1), parts.model.full_sort_predict(batch).view(len(batch), -1), atol=1e-5
         )
+
+
+@pytest.mark.parametrize(
+    ("model", "fault"),
+    [("SINE", None), ("FEARec", None), ("Caser", "own loss is more than"), ("HGN", "own loss is more than")],
+)
+def test_a_loss_is_compared_on_rows_as_wide_as_recboles(tmp_path, model, fault):
+    """None of these runs on shorter ones."""
+    parts = stock(write_log(tmp_path, "small", random_log()), "small", model)
+    found = fault_of_loss(parts.model, parts.model)
+    assert found is None if fault is None else fault in found
 
 
 def test_a_forward_that_wants_the_target_is_refused(tmp_path):
