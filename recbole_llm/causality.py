@@ -4,6 +4,7 @@ A loss at every position is the loss of all prefixes only for a model whose outp
 that prefix alone.
 """
 
+import copy
 import inspect
 import random
 from collections.abc import Iterator
@@ -11,12 +12,15 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from recbole.data.dataset import Dataset
 from recbole.data.interaction import Interaction
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 CAUSAL_TOLERANCE = 1e-4
 """Largest difference, as a share of the largest state, that still counts as rounding."""
+STEP = 0.02
+"""How far every trained weight is moved to see what training could make of a model; more than `CAUSAL_TOLERANCE`, also squared."""
 
 
 def forward_arguments(model, batch: Interaction) -> dict[str, Tensor]:
@@ -144,25 +148,76 @@ def fault_of_loss(model, network) -> str | None:
         return f"{name} has no item_embedding table of one row per item"
     try:
         with undisturbed(model):
-            batch = sample_at_full_width(model)
-            logits = network.forward(**forward_arguments(network, batch)) @ weight.T
-            ours = functional.cross_entropy(logits, batch[model.POS_ITEM_ID])
-            own = model.calculate_loss(batch)
+            same = _same_loss(model, network)
+            if same:  # a term may be of the training alone, or have a factor that is zero at the start
+                training = moved(model, network)
+                for part in training:
+                    without_dropout(part.train())
+                same = _same_loss(*training)
     except Exception as error:  # a loss that needs other columns cannot be compared
         return f"{name}'s own loss could not be compared ({type(error).__name__}: {error})"
-    if not torch.is_tensor(own) or not torch.allclose(own, ours, rtol=1e-4):
-        return f"{name}'s own loss is more than the cross entropy of its states with its item table"
-    return None
+    return None if same else f"{name}'s own loss is more than the cross entropy of its states with its item table"
+
+
+def _same_loss(model, network) -> bool:
+    """Whether a model's own loss is that cross entropy, in the mode that it is in."""
+    batch = sample_at_full_width(model)
+    with torch.random.fork_rng(_devices(model)):  # both draw the same, where they draw
+        logits = network.forward(**forward_arguments(network, batch)) @ network.item_embedding.weight.T
+    ours = functional.cross_entropy(logits, batch[model.POS_ITEM_ID])
+    own = model.calculate_loss(batch)
+    return torch.is_tensor(own) and torch.allclose(own, ours, rtol=1e-4)
+
+
+def copied(*models: nn.Module) -> tuple[nn.Module, ...]:
+    """Copies of models, and of what they share among each other, that can be changed without a trace.
+
+    Frozen weights and data sets are not copied, which may be large and which no training changes.
+    """
+    memo: dict[int, object] = {}
+    for part in (part for model in models for part in model.modules()):
+        memo |= {id(weight): weight for weight in part.parameters(recurse=False) if not weight.requires_grad}
+        for value in vars(part).values():
+            if isinstance(value, Dataset):
+                memo[id(value)] = value
+            elif isinstance(value, Tensor) and not value.is_leaf:  # kept of an earlier pass; torch copies no graph
+                memo[id(value)] = value.detach().clone()
+    return copy.deepcopy(models, memo)
+
+
+def without_dropout(model: nn.Module) -> None:
+    """Switch every dropout layer of a model off, also in training, and those within recurrent and attention layers."""
+    for part in model.modules():
+        if isinstance(part, nn.modules.dropout._DropoutNd):
+            part.p = 0.0
+        elif isinstance(part, nn.RNNBase | nn.MultiheadAttention):
+            part.dropout = 0.0
+
+
+def moved(*models: nn.Module, sign: int = 1) -> tuple[nn.Module, ...]:
+    """Copies of models each of whose trained weights is `STEP` larger or smaller, by chance but the same at every call.
+
+    Args:
+        models: Any modules, which may share weights.
+        sign: 1 or -1, which moves every weight the other way.
+    """
+    others = copied(*models)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in {id(weight): weight for other in others for weight in other.parameters()}.values():
+            if weight.requires_grad:
+                way = torch.empty(weight.shape).uniform_(-1, 1, generator=generator).sign_()
+                weight.add_(way.to(weight), alpha=sign * STEP)
+    return others
 
 
 @contextmanager
 def undisturbed(model) -> Iterator[None]:
     """While this lasts, a model is in evaluation mode; its mode and all random number generators come back after it."""
     was_training, python, legacy = model.training, random.getstate(), np.random.get_state()
-    devices = [model.device] if torch.device(model.device).type == "cuda" else []
     try:
         # on a GPU, TF32 rounds more coarsely than the comparisons made here allow
-        with torch.no_grad(), torch.random.fork_rng(devices), torch.backends.cudnn.flags(allow_tf32=False):
+        with torch.no_grad(), torch.random.fork_rng(_devices(model)), torch.backends.cudnn.flags(allow_tf32=False):
             model.eval()
             yield
     finally:
@@ -171,12 +226,18 @@ def undisturbed(model) -> Iterator[None]:
         np.random.set_state(legacy)
 
 
+def _devices(model) -> list:
+    """The GPU whose random number generator a model draws from, if it does from one's."""
+    return [model.device] if torch.device(model.device).type == "cuda" else []
+
+
 def is_causal(model, batch: Interaction | None = None) -> tuple[bool, str]:
     """Find out by running it whether a model's output at a position is what it would say after that prefix alone.
 
     Two things are compared, in evaluation mode: the states before and after all later items were changed, and the state
-    at t with `forward` of the padded prefix, as evaluation will call it. The model, its mode and the random number
-    generators are left as they were.
+    at t with `forward` of the padded prefix, as evaluation will call it. Both are compared again on copies whose weights are
+    moved, one way and the other: a gate that is zero at the start hides what stands behind it until it is trained. The
+    model, its mode and the random number generators are left as they were.
 
     Args:
         model: A RecBole sequential model.
@@ -185,12 +246,20 @@ def is_causal(model, batch: Interaction | None = None) -> tuple[bool, str]:
     Returns:
         Whether it is causal, and a sentence for the log that says why.
     """
+    name, fault = type(model).__name__, "does not run on all positions at once"
     try:
         with undisturbed(model):
-            return _is_causal(model, sample_rows(model) if batch is None else batch)
+            batch = sample_rows(model) if batch is None else batch
+            causal, why = _is_causal(model, batch)
+            fault = "cannot be tried with other weights than it has"
+            for sign in (1, -1) if causal else ():
+                still, reason = _is_causal(*moved(model, sign=sign), batch)
+                if not still:
+                    return False, f"{reason}, once its weights are others"
+            return causal, why
     except Exception as error:  # whatever a model raises here, it cannot be trained on all positions
         line = (str(error).strip().splitlines() or ["no message"])[0]
-        return False, f"{type(model).__name__} does not run on all positions at once ({type(error).__name__}: {line})"
+        return False, f"{name} {fault} ({type(error).__name__}: {line})"
 
 
 def _is_causal(model, batch: Interaction) -> tuple[bool, str]:

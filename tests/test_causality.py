@@ -1,13 +1,15 @@
 """Causality is told from its absence, and a model is called with what it names."""
 
+import copy
 import random
 
 import numpy as np
 import pytest
 import torch
 from recbole.data.interaction import Interaction
+from recbole.model.sequential_recommender import SASRec
 
-from recbole_llm.causality import fault_of_loss, forward_arguments, is_causal, sample_rows, states
+from recbole_llm.causality import STEP, fault_of_loss, forward_arguments, is_causal, moved, sample_rows, states
 from tests.small_logs import random_log, stock, write_log
 
 
@@ -68,6 +70,98 @@ def test_a_model_that_peeks_at_later_items_is_caught(tmp_path):
     assert is_causal(parts.model)[0]
     parts.model.trm_encoder.forward = peek
     assert not is_causal(parts.model)[0]
+
+
+class GatedEncoder(torch.nn.Module):
+    """An encoder whose layers also read the next position, through a gate that is closed at the start."""
+
+    def __init__(self, encoder, opening):
+        super().__init__()
+        self.encoder, self.opening, self.gate = encoder, opening, torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, *args, **kwargs):
+        return [layer + self.opening(self.gate) * layer.roll(-1, 1) for layer in self.encoder(*args, **kwargs)]
+
+
+@pytest.mark.parametrize("opening", [lambda gate: gate, torch.relu, lambda gate: torch.relu(-gate), torch.square])
+def test_a_leak_that_training_can_open_is_found_at_the_start(tmp_path, opening):
+    parts = stock(write_log(tmp_path, "small", random_log()), "small")
+    parts.model.trm_encoder = GatedEncoder(parts.model.trm_encoder, opening)
+    before, weights = random_numbers(), copy.deepcopy(parts.model.state_dict())
+    causal, why = is_causal(parts.model)
+    assert not causal and "depends on later items" in why and why.endswith("once its weights are others")
+    assert random_numbers() == before and parts.model.trm_encoder.gate == 0
+    assert all(torch.equal(weights[name], weight) for name, weight in parts.model.state_dict().items())
+
+
+def test_a_model_that_keeps_what_it_computed_is_tried_with_other_weights(tmp_path):
+    """A tensor with a graph, which torch itself refuses to copy."""
+    parts = stock(write_log(tmp_path, "small", random_log()), "small")
+    parts.model.kept = parts.model(**forward_arguments(parts.model, sample_rows(parts.model)))
+    assert parts.model.kept.grad_fn is not None
+    causal, why = is_causal(parts.model)
+    assert causal, why
+
+
+def test_copies_share_what_no_training_changes(tmp_path):
+    parts = stock(write_log(tmp_path, "small", random_log()), "small")
+    model, encoder = parts.model, parts.model.trm_encoder
+    model.dataset = parts.dataset
+    model.position_embedding.weight.requires_grad_(False)
+    other, its_encoder = moved(model, encoder)
+    assert other.dataset is parts.dataset and other.trm_encoder is its_encoder is not encoder
+    assert other.position_embedding.weight is model.position_embedding.weight
+    gaps = [
+        a - b
+        for (name, a), b in zip(other.named_parameters(), model.parameters(), strict=True)
+        if "position" not in name
+    ]
+    assert all(torch.allclose(gap.abs(), torch.tensor(STEP), rtol=1e-3) for gap in gaps)
+    assert all(0.3 < (gap > 0).float().mean() < 0.7 for gap in gaps if gap.numel() > 100)
+
+
+class OwnLoss(torch.nn.Module):
+    """A term of a model's loss: of the training alone, or with a factor that is zero at the start."""
+
+    def __init__(self, only_in_training):
+        super().__init__()
+        self.only_in_training, self.factor = only_in_training, torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, table):
+        if self.only_in_training:
+            return 0.1 * table.norm() if self.training else 0.0
+        return self.factor * table.norm()
+
+
+@pytest.mark.parametrize("only_in_training", [True, False])
+def test_a_term_of_the_loss_that_evaluation_does_not_show_is_found(tmp_path, only_in_training):
+    class Extended(SASRec):
+        def calculate_loss(self, interaction):
+            return super().calculate_loss(interaction) + self.term(self.item_embedding.weight)
+
+    parts = stock(write_log(tmp_path, "small", random_log()), "small")
+    assert fault_of_loss(parts.model, parts.model) is None
+    model = Extended(parts.config, parts.train._dataset)
+    model.term = OwnLoss(only_in_training)
+    before, weights = random_numbers(), copy.deepcopy(model.state_dict())
+    for training in (True, False):
+        model.train(training)
+        assert "own loss is more than" in fault_of_loss(model, model)
+        assert all(module.training is training for module in model.modules())
+    assert random_numbers() == before
+    assert all(torch.equal(weights[name], weight) for name, weight in model.state_dict().items())
+    assert model.dropout.p > 0
+
+
+@pytest.mark.parametrize("drop", [torch.nn.functional.dropout, torch.nn.functional.alpha_dropout])
+def test_a_dropout_that_is_no_layer_is_the_same_on_both_sides(tmp_path, drop):
+    class Dropping(SASRec):
+        def forward(self, item_seq, item_seq_len):
+            return drop(super().forward(item_seq, item_seq_len), 0.5, self.training)
+
+    parts = stock(write_log(tmp_path, "small", random_log()), "small")
+    model = Dropping(parts.config, parts.train._dataset)
+    assert fault_of_loss(model, model) is None
 
 
 @pytest.mark.parametrize("model", ON_ROWS)
