@@ -18,7 +18,7 @@ from torch import Tensor
 from recbole_llm.artifacts import DamagedArtifact, digest, read_metadata, read_tensors, tensors_digest
 from recbole_llm.causality import fault_of_scores, is_causal, states
 from recbole_llm.losses import rows_at_a_time
-from recbole_llm.sequences import Fields, Log, WindowLoader, Windows, pack, windows
+from recbole_llm.sequences import Fields, Log, WindowLoader, Windows, fitting, pack, windows
 from recbole_llm.teacher import Teacher, log_probability, rank
 
 LEAST_ROWS_OF_A_SHARD = 1 << 10
@@ -56,7 +56,7 @@ class Labeller:
         self.windows: Windows | None = None
         if self.overlap is not None and reads_windows(self.teacher):
             length = self.teacher.max_seq_length
-            self.windows = windows(self.log, length, self.overlap if self.overlap < length else length // 2)
+            self.windows = windows(self.log, length, fitting(self.overlap, length))
         self._wanted = torch.zeros(len(self.log.items), dtype=torch.bool)
         self._wanted[self.log.rows()[self.rows]] = True
 

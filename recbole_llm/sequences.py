@@ -197,6 +197,11 @@ def windows(log: Log, length: int, overlap: int) -> Windows:
     return Windows(start, end, first)
 
 
+def fitting(overlap: int, length: int) -> int:
+    """The overlap for windows of `length` items that was meant for longer ones: half of one where it would fill one."""
+    return overlap if overlap < length else length // 2
+
+
 class Fields(NamedTuple):
     """Names of the columns that a model reads from a batch."""
 

@@ -35,7 +35,7 @@ from recbole_llm.hooks import replaced
 from recbole_llm.identity import log_digest
 from recbole_llm.layers import fast_layers, fuse_optimizer
 from recbole_llm.losses import CatalogueLoss
-from recbole_llm.sequences import Fields, Log, WindowLoader, Windows, row_positions, windows
+from recbole_llm.sequences import Fields, Log, WindowLoader, Windows, fitting, row_positions, windows
 
 __all__ = ["SequenceTrainer", "config_from_settings", "read_checkpoint", "write_checkpoint"]
 
@@ -244,9 +244,9 @@ class SequenceTrainer(Trainer):
             return None, str(error)
 
     def _window_size(self) -> tuple[int, int]:
-        """Items of a window, and how many of them are context only; an overlap that does not fit is halved to fit."""
+        """Items of a window, and how many of them are context only; `windows` refuses what was set and does not fit."""
         length, overlap = self.config["MAX_ITEM_LIST_LENGTH"], shared(self.config, "window_overlap")
-        return length, overlap if overlap < length else length // 2
+        return length, overlap if "window_overlap" in self.config.external_config_dict else fitting(overlap, length)
 
     def fit(self, train_data, valid_data=None, verbose=True, saved=True, show_progress=False, callback_fn=None):
         """Train as RecBole does, from where `resume_checkpoint` says if that was called.

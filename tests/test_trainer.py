@@ -125,6 +125,13 @@ def test_a_loss_with_further_terms_keeps_its_rows(small):
         ("SASRec", {"positions": "all"} | BPR, "positions=all: loss_type=BPR"),
         ("SASRec", {"positions": "first"}, "positions=first: no such choice. There is auto, all, last"),
         ("SASRec", {"window_overlap": -1}, "window_overlap=-1: "),
+        (
+            "SASRec",
+            {"window_overlap": 60},
+            "window_overlap=60: does not fit into windows of 8 items; there is 0 to 7. Change it",
+        ),
+        ("SASRec", {"window_overlap": 8}, "window_overlap=8: does not fit"),
+        ("SASRec", {"window_overlap": 10}, "window_overlap=10: does not fit"),
         ("SASRec", {"loss_over": "sampled"} | BPR, "loss_over=sampled: loss_type=BPR .* there is loss_over=all"),
         ("NPE", {"loss_over": "gbce"}, "loss_over=gbce: NPE"),
         ("SASRec", {"loss_over": "samples"}, "loss_over=samples: no such choice; did you mean 'sampled'"),
