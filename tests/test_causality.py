@@ -153,6 +153,21 @@ def test_a_term_of_the_loss_that_evaluation_does_not_show_is_found(tmp_path, onl
     assert model.dropout.p > 0
 
 
+@pytest.mark.parametrize("model", ["SASRec", "GRU4Rec"])
+def test_a_loss_that_draws_before_it_reads_is_compared_without_dropout(tmp_path, model):
+    parts = stock(write_log(tmp_path, "small", random_log()), "small", model, num_layers=2)
+
+    class Drawing(type(parts.model)):
+        def calculate_loss(self, interaction):
+            torch.rand(1)
+            return super().calculate_loss(interaction)
+
+    drawing = Drawing(parts.config, parts.train._dataset)
+    if model == "GRU4Rec":
+        drawing.gru_layers.dropout = 0.5
+    assert fault_of_loss(drawing, drawing) is None
+
+
 @pytest.mark.parametrize("drop", [torch.nn.functional.dropout, torch.nn.functional.alpha_dropout])
 def test_a_dropout_that_is_no_layer_is_the_same_on_both_sides(tmp_path, drop):
     class Dropping(SASRec):
