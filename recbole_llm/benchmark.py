@@ -16,10 +16,11 @@ from typing import Any
 
 import yaml
 
-from recbole_llm.artifacts import slug
+from recbole_llm.artifacts import digest, slug
 from recbole_llm.config import guess, read_yaml
 from recbole_llm.model import PROPERTIES
 from recbole_llm.model.dllm2rec import Distillation
+from recbole_llm.report import OF_A_MACHINE
 
 ROLES = ("baseline", "control", "claim")
 TEACHER_OF = "teacher of "
@@ -125,6 +126,7 @@ class Benchmark:
             command runs it with --here only.
         published: Data set -> row -> metric -> value that a paper gives; another protocol's, never compared.
         source: Where the published values are from.
+        changed: Settings of the command line that make other runs of it than those of the file.
     """
 
     name: str
@@ -136,6 +138,12 @@ class Benchmark:
     here: bool = True
     published: dict[str, Any] = field(default_factory=dict)
     source: str = ""
+    changed: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> str:
+        """Name of the folder of its results; another one where settings were changed, whose numbers are not the file's."""
+        return f"{self.name}-{digest(self.changed, 8)}" if self.changed else self.name
 
     @property
     def datasets(self) -> list[str]:
@@ -186,7 +194,17 @@ class Benchmark:
             tolerance = dict.fromkeys(said["datasets"], tolerance)
         tolerance = {dataset: float(tolerance.get(dataset, 0.0)) for dataset in said["datasets"]}
         as_said = {key: said[key] for key in ("what", "minutes", "prepare", "here", "published", "source")}
+        as_said["changed"] = changed(overrides, cls.load(file).rows) if overrides else {}
         return cls(file.stem, rows=tuple(rows), tolerance=tolerance, **as_said)
+
+
+def changed(overrides: Mapping[str, Any], rows: Iterable[Row]) -> dict[str, Any]:
+    """Those of some settings that make other runs of rows: not what the file says anyway, or what only tells where and how they run."""
+    return {
+        key: value
+        for key, value in overrides.items()
+        if key not in OF_A_MACHINE and any(key not in row.settings or row.settings[key] != value for row in rows)
+    }
 
 
 def _read(file: Path) -> dict[str, Any]:

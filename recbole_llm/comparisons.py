@@ -30,7 +30,8 @@ class Comparison:
         high: Its upper end.
         p: Of Wilcoxon's signed-rank test over users, corrected by Holm among the comparisons of its table.
         users: How many users there are.
-        missing: Runs of the two that are still to be made.
+        missing: Runs of the two that it does not rest on: they are still to be made, or their ranks are on another machine.
+        alone: P before the correction; None in files of older versions.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Comparison:
     p: float
     users: int
     missing: int = 0
+    alone: float | None = None
 
     @property
     def verdict(self) -> str:
@@ -85,8 +87,8 @@ def compare(questions: Sequence[Question]) -> list[Comparison]:
         for each, (ours, theirs) in zip(questions, means, strict=True)
     ]
     return [
-        Comparison(each.name, each.against, *paired_gain(*pair), p, len(pair[0]), each.missing)
-        for each, pair, p in zip(questions, means, holm(raw), strict=True)
+        Comparison(each.name, each.against, *paired_gain(*pair), p, len(pair[0]), each.missing, alone)
+        for each, pair, p, alone in zip(questions, means, holm(raw), raw, strict=True)
     ]
 
 
@@ -129,3 +131,11 @@ def holm(p: Sequence[float]) -> list[float]:
         largest = max(largest, min(1.0, (len(order) - place) * p[at]))
         corrected[at] = largest
     return corrected.tolist()
+
+
+def uncorrected(p: Sequence[float]) -> list[float]:
+    """What p-values were before `holm`; where that cannot be told, at most so much: 1 stays 1. Args: all of a table, in any order."""
+    found = np.ones(len(p))
+    for place, at in enumerate(np.argsort(p, kind="stable")):
+        found[at] = p[at] / (len(p) - place) if p[at] < 1 else 1.0
+    return found.tolist()

@@ -3,8 +3,10 @@
 Committed are results.json (all numbers), table.md and runs/ (one JSON a run); pictures and the ranks of users (Parquet) are made anew.
 """
 
+import json
 import os
 import platform
+import shlex
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -16,8 +18,11 @@ import torch
 from recbole_llm.artifacts import read_json, write_json, write_text
 from recbole_llm.benchmark import Benchmark
 from recbole_llm.charts import draw_table
+from recbole_llm.merging import merged
+from recbole_llm.processes import held
+from recbole_llm.records import runs_written
 from recbole_llm.runner import Runner, RunsFailed, Table
-from recbole_llm.standings import markdown, standing
+from recbole_llm.standings import markdown
 
 RESULTS = "results"
 
@@ -43,10 +48,9 @@ def run_benchmark(
         RunsFailed: Some runs ended in an error; all others were run, and results/NAME is written.
     """
     benchmark = Benchmark.load(file, overrides)
-    folder, command = Path(results) / benchmark.name, f"python run_recbole_llm.py --benchmark={file}"
-    so_far = partial(publish, benchmark, folder, command, so_far=True)
-    tables = Runner(benchmark, results, only, tuple(seeds)).run(so_far)
-    text = publish(benchmark, folder, command, tables)
+    folder, command = Path(results) / benchmark.folder, command_of(file, benchmark.changed)
+    tables = Runner(benchmark, results, only, tuple(seeds)).run(partial(publish, benchmark, folder, command))
+    text = publish(benchmark, folder, command)
     if failed := [
         f"  {each.dataset}/{name}, seed {seed}: {said}" for each in tables for name, seed, said in each.failed
     ]:
@@ -63,27 +67,42 @@ def estimate_benchmark(
     return Runner(Benchmark.load(file, overrides), only=only, seeds=tuple(seeds)).estimate()
 
 
-def publish(benchmark: Benchmark, folder: Path, command: str, tables: Sequence[Table], so_far: bool = False) -> str:
+def publish(benchmark: Benchmark, folder: Path, command: str, table: Table | None = None) -> str:
     """Write all numbers, the Markdown and the pictures of a benchmark; returns the Markdown.
+
+    What is published is read now, not when the runs began, and stays where it is still of the benchmark: other machines and other
+    processes write here, too.
 
     Args:
         benchmark: What was run.
         folder: Of its results.
         command: That runs it.
-        tables: What it came to.
-        so_far: Whether further data sets follow; what was known of them stays until then.
+        table: What came of one data set; all others stay as they are published.
     """
-    standings = {table.dataset: standing(table) for table in tables}
-    if so_far and (folder / "results.json").is_file():
-        known = read_json(folder / "results.json")["data"] | standings
-        standings = {dataset: known[dataset] for dataset in benchmark.datasets if dataset in known}
-    text = markdown(benchmark, standings, machine(), command)
-    write_json(folder / "results.json", {"benchmark": benchmark.name, "machine": machine(), "data": standings})
-    write_text(folder / "table.md", text)
-    for table in tables[-1:] if so_far else tables:
-        if table.entries:
-            draw_table(table, folder)
+    with held(folder / ".lock"):
+        file = folder / "results.json"
+        known = read_json(file) if file.is_file() else {}
+        runs = list(runs_written(folder, benchmark))
+        standings = {}
+        for dataset in benchmark.datasets:
+            own = table if table and table.dataset == dataset else None
+            there = [(row, run) for row, run in runs if row.dataset == dataset]
+            if each := merged(benchmark, dataset, own, known.get("data", {}).get(dataset), there):
+                standings[dataset] = each
+        # what is here alone was timed here
+        timed = dict.fromkeys([*known.get("machine", machine()).split("; "), machine()])
+        text = markdown(benchmark, standings, "; ".join(timed), command)
+        write_json(file, {"benchmark": benchmark.name, "machine": "; ".join(timed), "data": standings})
+        write_text(folder / "table.md", text)
+    if table and table.entries:
+        draw_table(table, folder)
     return text
+
+
+def command_of(file: str | Path, changed: Mapping[str, Any]) -> str:
+    """What has to be typed for a benchmark with these settings changed."""
+    words = [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in changed.items()]
+    return " ".join(["python run_recbole_llm.py", f"--benchmark={file}", *map(shlex.quote, words)])
 
 
 def machine() -> str:
@@ -116,7 +135,7 @@ def verify(file: str | Path, overrides: Mapping[str, Any] | None = None, results
         )
     with tempfile.TemporaryDirectory(prefix="verify-") as scratch:
         run_benchmark(file, dict(overrides or {}) | {"checkpoint_dir": f"{scratch}/saved"}, results=scratch)
-        now = read_json(Path(scratch) / benchmark.name / "results.json")
+        now = read_json(Path(scratch) / Benchmark.load(file, overrides).folder / "results.json")
     return differences(read_json(there)["data"], now["data"], benchmark.tolerance)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from recbole_llm import ensemble, knowledge, plan, report
-from recbole_llm.artifacts import digest, read_tensors, slug, write_atomically, write_json
+from recbole_llm.artifacts import digest, read_tensors, slug, write_atomically
 from recbole_llm.benchmark import TEACHER_OF, Benchmark, Row
 from recbole_llm.config import Config
 from recbole_llm.quick_start import (
@@ -29,19 +29,13 @@ from recbole_llm.quick_start import (
     run_recbole_llm,
     teacher_line_folder,
 )
+from recbole_llm.records import PROTOCOL, write_run
 from recbole_llm.slices import Facts
 
 LIST = 20
 """Items of the lists whose overlap is told."""
-PROTOCOL = (
-    *report.SAME,
-    "benchmark_filename",
-    "rm_dup_inter",
-    "filter_inter_by_user_or_item",
-    "threshold",
-    "metric_decimal_place",
-)
-"""Settings in which rows of one table must not differ."""
+ORDER = {"baseline": 0, "teacher": 1, "control": 2, "claim": 3}
+"""In which lines of each role stand in a table."""
 
 
 class RunsFailed(RuntimeError):
@@ -115,7 +109,7 @@ class Runner:
         self, benchmark: Benchmark, results: str | Path = "results", only: str = "*", seeds: tuple[int, ...] = ()
     ):
         self.benchmark, self.only, self.seeds = benchmark, only, seeds
-        self.folder = Path(results) / benchmark.name
+        self.folder = Path(results) / benchmark.folder
         if benchmark.prepare:
             importlib.import_module(benchmark.prepare).prepare()
         self.configs = {
@@ -176,11 +170,11 @@ class Runner:
         head = ["row", "runs", "there", "teacher and Knowledge", "training"]
         return f"{report.draw(head, rows)}\nIn all about {plan.spoken(total)}.\n{plan.HOW.strip()}"
 
-    def run(self, so_far: Callable[[list[Table]], None] = lambda tables: None) -> list[Table]:
+    def run(self, so_far: Callable[[Table], None] = lambda table: None) -> list[Table]:
         """Run what is missing and write it; a run that ends in an error is written down, and the next one begins.
 
         Args:
-            so_far: Called with the tables whenever all that is to be run on a data set was.
+            so_far: Called with a data set's table when all that is to be run on it was.
 
         Returns:
             The tables, data set by data set.
@@ -191,14 +185,14 @@ class Runner:
         began, done = perf_counter(), 0
         for dataset in self.benchmark.datasets:
             entries: dict[tuple[str, str], Entry] = {}
-            missing: list[tuple[str, int]] = []
+            missing: list[tuple[Row, int]] = []
             failed: list[tuple[str, int, str]] = []
             for row, seed in wanted:
                 if row.dataset != dataset:
                     continue
                 asked = self.chosen(row, seed) and self._parts_there(row, seed, entries)
                 if not asked and not self._there(row, seed, entries):
-                    missing.append((row.name, seed))
+                    missing.append((row, seed))
                     continue
                 if asked:
                     logging.getLogger().info(
@@ -210,10 +204,11 @@ class Runner:
                     logging.getLogger().exception(f"{row.dataset}/{row.name}, seed {seed}: this run failed.")
                     failed.append((row.name, seed, str(error).partition("\n")[0]))
                 done += asked
+            missing = [each for each in missing if not self._made_meanwhile(*each, entries)]
             entries = {key: entry for key, entry in entries.items() if entry.lines}
             if entries or failed:
-                tables.append(self._table(dataset, entries, missing, failed))
-                so_far(tables)
+                tables.append(self._table(dataset, entries, [(row.name, seed) for row, seed in missing], failed))
+                so_far(tables[-1])
         return tables
 
     def _there(self, row: Row, seed: int, entries: Mapping[tuple[str, str], Entry]) -> bool:
@@ -221,6 +216,12 @@ class Runner:
         if not row.ensemble:
             return finished_run(config_of(row, seed)) is not None
         return self._parts_there(row, seed, entries) and finished(self._ensemble_folder(row, seed, entries)) is not None
+
+    def _made_meanwhile(self, row: Row, seed: int, entries: dict[tuple[str, str], Entry]) -> bool:
+        """Whether another process has finished a run while this one was at others; then it is taken, too."""
+        if there := self._there(row, seed, entries):
+            self._one(row, seed, entries, False)
+        return there
 
     @staticmethod
     def _parts_there(row: Row, seed: int, entries: Mapping[tuple[str, str], Entry]) -> bool:
@@ -253,7 +254,7 @@ class Runner:
             entry.folders[seed] = Path(result["folder"])
             if before and has_teacher(config):
                 entry.taught_by = self._teacher(row, config, before[0], entries)
-        write_run(self.folder, entry, seed)
+        write_run(self.folder, self.benchmark, entry, seed)
 
     def _teacher(
         self, row: Row, config: Config, line: report.Line | None, entries: dict[tuple[str, str], Entry]
@@ -270,7 +271,7 @@ class Runner:
             name = f"{name.removesuffix(')')} of {row.name})"
         seed = config["teacher_seed"]
         entries[row.dataset, name] = Entry(row, name, "teacher", {seed: line}, {seed: folder})
-        write_run(self.folder, entries[row.dataset, name], seed)
+        write_run(self.folder, self.benchmark, entries[row.dataset, name], seed)
         return name
 
     def _ensemble_folder(self, row: Row, seed: int, entries: Mapping[tuple[str, str], Entry]) -> Path:
@@ -305,8 +306,7 @@ class Runner:
     ) -> Table:
         """Everything on one data set; writes the ranks of its rows."""
         here = list(entries.values())
-        order = {"baseline": 0, "teacher": 1, "control": 2, "claim": 3}
-        here.sort(key=lambda entry: order[entry.role])
+        here.sort(key=lambda entry: ORDER[entry.role])
         config = self.config(next(row for row in self.benchmark.on(dataset) if not row.ensemble))
         data = load_data(config)
         facts = Facts.of(data.train._dataset, data.test._dataset)
@@ -346,30 +346,6 @@ def refuse_mixed_protocols(configs: Mapping[str, Config]) -> None:
                 f"{name}: would be tested otherwise than {first_name}; what differs: {', '.join(differ)}. Put such settings under the "
                 "data set in the benchmark's file, once per protocol."
             )
-
-
-def write_run(folder: Path, entry: Entry, seed: int) -> None:
-    """Write what came out of one run as JSON; not the ranks, which are written together."""
-    line = entry.lines[seed]
-    known = {
-        "row": entry.name,
-        "dataset": entry.row.dataset,
-        "role": entry.role,
-        "seed": seed,
-        "metrics": line.metrics,
-        "valid": line.valid,
-        "test_rows": len(line.ranks),
-        "seconds": line.seconds,
-        "peak_mb": line.notes.get("peak_mb"),
-        "settings": taught_with(entry.row.settings) if entry.role == "teacher" else entry.row.settings,
-        "chosen": line.notes.get("chosen"),
-    }
-    write_json(folder / "runs" / slug(entry.row.dataset) / f"{slug(entry.name)}-{seed}.json", known)
-
-
-def taught_with(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of a row that are its teacher's."""
-    return {key: value for key, value in settings.items() if key == "dataset" or key.startswith("teacher")}
 
 
 def write_ranks(file: Path, table: Table) -> None:

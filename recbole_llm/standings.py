@@ -17,30 +17,43 @@ from recbole_llm.seeds import together
 from recbole_llm.slices import overlap, slices_of
 
 
-def standing(table: Table) -> dict[str, Any]:
-    """All numbers of one data set.
+def standing(table: Table, wanted: Sequence[tuple[str, str]] | None = None) -> dict[str, Any]:
+    """All numbers of one data set that was run here.
+
+    Args:
+        table: What was run.
+        wanted: Pairs of rows that are compared; those that the rows themselves ask for, if not given.
 
     Returns:
         `protocol`, `test_rows`, `users`, `metric`, `rows` (each with its runs), `strongest` (the baseline that did best on
         validation), `comparisons`, `slices`, `overlap`, `met_first`, `accounts` (of LSC4Rec, as text), `missing`,
         `failed`.
     """
-    metric, k = metric_of(table)
-    strongest = strongest_baseline(table.entries, f"{metric}@{k}")
+    frame, rows = frame_of(table), {entry.name: numbers(entry) for entry in table.entries}
+    strongest = strongest_baseline(rows, frame["metric"])
+    wanted = pairs(rows, strongest) if wanted is None else wanted
     return {
-        "protocol": table.protocol,
-        "test_rows": len(table.facts.user),
-        "users": len(np.unique(table.facts.user)),
-        "metric": f"{metric}@{k}",
-        "rows": {entry.name: numbers(entry) for entry in table.entries},
-        "strongest": strongest and strongest.name,
-        "comparisons": [vars(each) | {"verdict": each.verdict} for each in comparisons(table, strongest)],
+        **frame,
+        "rows": rows,
+        "strongest": strongest,
+        "comparisons": [vars(each) | {"verdict": each.verdict} for each in comparisons(table, wanted)],
         "slices": sliced(table),
         "overlap": overlaps(table),
         "met_first": met_first(table),
         "accounts": accounts(table),
         "missing": [list(each) for each in table.missing],
         "failed": [list(each) for each in table.failed],
+    }
+
+
+def frame_of(table: Table) -> dict[str, Any]:
+    """What all lines of a data set have in common."""
+    metric, k = metric_of(table)
+    return {
+        "protocol": table.protocol,
+        "test_rows": len(table.facts.user),
+        "users": len(np.unique(table.facts.user)),
+        "metric": f"{metric}@{k}",
     }
 
 
@@ -52,19 +65,34 @@ def metric_of(table: Table) -> tuple[str, int]:
 
 def numbers(entry: Entry) -> dict[str, Any]:
     """Metrics of every run of a line, times and memory."""
-    lines = entry.lines
+    runs = {
+        seed: {
+            "metrics": line.metrics,
+            "valid": line.valid,
+            "test_rows": len(line.ranks),
+            "seconds": line.seconds,
+            "peak_mb": line.notes.get("peak_mb"),
+        }
+        for seed, line in entry.lines.items()
+    }
+    return numbers_of(entry.role, entry.row.against, runs)
+
+
+def numbers_of(role: str, against: Sequence[str], runs: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+    """The same from the runs as they are written. Args: the line's role; what its row names; seed -> `records.record`."""
+    first = next(iter(runs.values()))
     return {
-        "role": entry.role,
-        "against": list(entry.row.against) if entry.role != "teacher" else [],
-        "test_rows": len(next(iter(lines.values())).ranks),
+        "role": role,
+        "against": list(against) if role != "teacher" else [],
+        "test_rows": first["test_rows"],
         "runs": {
-            str(seed): {"metrics": of_ranks(line.metrics), "valid": of_ranks(line.valid)}
-            for seed, line in lines.items()
+            str(seed): {"metrics": of_ranks(run["metrics"]), "valid": of_ranks(run["valid"])}
+            for seed, run in runs.items()
         },
         "seconds": {
-            stage: mean_of([line.seconds.get(stage) for line in lines.values()]) for stage in ("train", "label", "test")
+            stage: mean_of([run["seconds"].get(stage) for run in runs.values()]) for stage in ("train", "label", "test")
         },
-        "peak_mb": mean_of([line.notes.get("peak_mb") for line in lines.values()]),
+        "peak_mb": mean_of([run["peak_mb"] for run in runs.values()]),
     }
 
 
@@ -79,14 +107,23 @@ def mean_of(values: Sequence[float | None]) -> float | None:
     return statistics.mean(known) if known else None
 
 
-def strongest_baseline(entries: Sequence[Entry], metric: str) -> Entry | None:
+def strongest_baseline(rows: Mapping[str, Mapping[str, Any]], metric: str) -> str | None:
     """The baseline that did best on validation rows, seeds averaged; None if there is no baseline with validation scores."""
-    scored = [
-        (statistics.mean(line.valid[metric] for line in entry.lines.values()), entry)
-        for entry in entries
-        if entry.role == "baseline" and all(metric in line.valid for line in entry.lines.values())
-    ]
-    return max(scored, key=lambda pair: pair[0])[1] if scored else None
+    scored = {
+        name: statistics.mean(run["valid"][metric] for run in each["runs"].values())
+        for name, each in rows.items()
+        if each["role"] == "baseline" and all(metric in run["valid"] for run in each["runs"].values())
+    }
+    return max(scored, key=scored.__getitem__) if scored else None
+
+
+def pairs(rows: Mapping[str, Mapping[str, Any]], strongest: str | None) -> list[tuple[str, str]]:
+    """Every line and the rows that it names, and claims and the strongest baseline, as far as they are there."""
+    found = []
+    for name, each in rows.items():
+        others = [*each["against"], *([strongest] if each["role"] == "claim" and strongest else [])]
+        found += [(name, other) for other in dict.fromkeys(others) if other in rows and other != name]
+    return found
 
 
 def runs_of(entry: Entry, metric: str, k: int, rows: Sequence[int] | None = None) -> dict[int, np.ndarray]:
@@ -105,24 +142,22 @@ def common_rows(*entries: Entry) -> list[int] | None:
     return sorted(set.intersection(*parts)) if parts else None
 
 
-def comparisons(table: Table, strongest: Entry | None) -> list[Comparison]:
-    """Every line against the row that it names, and claims against the strongest baseline, corrected together."""
+def comparisons(table: Table, wanted: Sequence[tuple[str, str]]) -> list[Comparison]:
+    """Pairs of rows compared as far as both were run here, corrected together."""
     metric, k = metric_of(table)
     by_name = {entry.name: entry for entry in table.entries}
     questions = []
-    for entry in table.entries:
-        others = [by_name.get(name) for name in entry.row.against] if entry.role != "teacher" else []
-        others += [strongest] if entry.role == "claim" else []
-        for other in dict.fromkeys(each.name for each in others if each and each is not entry):
-            rows = common_rows(entry, by_name[other])
-            users = table.facts.user if rows is None else table.facts.user[rows]
-            both = entry, by_name[other]
-            pair = (
-                {seed: per_user(values, users) for seed, values in runs_of(each, metric, k, rows).items()}
-                for each in both
-            )
-            missing = sum(len(each.row.seeds) - len(each.lines) for each in both if each.role != "teacher")
-            questions.append(Question(entry.name, other, *pair, missing))
+    for name, other in wanted:
+        if name not in by_name or other not in by_name:
+            continue
+        both = by_name[name], by_name[other]
+        rows = common_rows(*both)
+        users = table.facts.user if rows is None else table.facts.user[rows]
+        pair = (
+            {seed: per_user(values, users) for seed, values in runs_of(each, metric, k, rows).items()} for each in both
+        )
+        missing = sum(len(each.row.seeds) - len(each.lines) for each in both if each.role != "teacher")
+        questions.append(Question(name, other, *pair, missing))
     return compare(questions)
 
 
@@ -185,7 +220,8 @@ def accounts(table: Table) -> dict[str, str]:
 
 def markdown(benchmark: Benchmark, standings: Mapping[str, Mapping[str, Any]], machine: str, command: str) -> str:
     """Everything as Markdown: one section per data set."""
-    parts = [f"# {benchmark.name}", benchmark.what]
+    changed = ", ".join(f"{key}={value}" for key, value in benchmark.changed.items())
+    parts = [f"# {benchmark.name}{f' with {changed}' if changed else ''}", benchmark.what]
     takes = (
         f" It takes about {benchmark.minutes:g} minutes on two CPU cores, Knowledge there already."
         if benchmark.minutes
@@ -234,6 +270,15 @@ def section(standing: Mapping[str, Any], paper: Mapping[str, Any], source: str) 
         parts += [f"{name}, cloud and device:", f"```\n{account}\n```"]
     if paper:
         parts += [f"As published ({source}), under another protocol, not to be compared:", published(paper, "")]
+    if partly := standing.get("partly"):
+        rests = [f"{name} on {', '.join(seeds) or 'none of its runs'}" for name, seeds in partly.items()]
+        parts.append(
+            f"Runs of several machines, whose ranks are not published: slices and overlaps rest on seeds as follows, {'; '.join(rests)}; "
+            "comparisons rest on no more runs, and are *so far*."
+        )
+    if apart := standing.get("uncompared"):
+        said = [f"{name} against {other}" for name, other in apart]
+        parts.append(f"Not compared, as no machine had the ranks of both: {'; '.join(said)}.")
     if standing["missing"]:
         parts.append(f"Not run yet: {', '.join(f'{name} (seed {seed})' for name, seed in standing['missing'])}.")
     parts += [f"Failed: {name} (seed {seed}): {said}" for name, seed, said in standing.get("failed", [])]

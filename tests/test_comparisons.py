@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import wilcoxon
 
-from recbole_llm.comparisons import Comparison, Question, compare, holm, per_user, ranked, signed_ranks
+from recbole_llm.comparisons import Comparison, Question, compare, holm, per_user, ranked, signed_ranks, uncorrected
 
 
 def test_holm_by_hand():
@@ -85,3 +85,12 @@ def test_a_gain_needs_interval_and_test():
     assert Comparison("a", "b", 0.1, 0.02, 0.2, p=0.01, users=9, missing=1).verdict == "gain so far"
     assert Comparison("a", "b", -0.1, -0.2, -0.02, p=0.01, users=9, missing=1).verdict == "loss so far"
     assert Comparison("a", "b", 0.1, -0.02, 0.2, p=0.01, users=9, missing=1).verdict == "none shown"
+
+
+def test_what_p_values_were_before_their_correction():
+    """What is published has none but the corrected ones; more questions correct them anew."""
+    raw = [0.001, 0.3, 0.004, 0.012]
+    assert uncorrected(holm(raw)) == pytest.approx([0.001, 0.3, 0.004, 0.012])
+    assert uncorrected([0.004, 1.0, 1.0]) == pytest.approx([0.004 / 3, 1.0, 1.0]), "how far above 1 it was is not known"
+    tied = holm([0.01, 0.0101, 0.5])
+    assert tied[0] == tied[1] and holm(uncorrected(tied)) == pytest.approx(tied)
