@@ -25,7 +25,7 @@ class Comparison:
     Args:
         name: The model.
         against: The other one.
-        gain: Relative difference of their means.
+        gain: Relative difference of their means; None, as its interval, where the other one has 0.
         low: Lower end of its 95 % interval, by bootstrap over users.
         high: Its upper end.
         p: Of Wilcoxon's signed-rank test over users, corrected by Holm among the comparisons of its table.
@@ -36,9 +36,9 @@ class Comparison:
 
     name: str
     against: str
-    gain: float
-    low: float
-    high: float
+    gain: float | None
+    low: float | None
+    high: float | None
     p: float
     users: int
     missing: int = 0
@@ -47,6 +47,8 @@ class Comparison:
     @property
     def verdict(self) -> str:
         """`gain` or `loss` where interval and test agree, else that none is shown; `so far` while runs are missing."""
+        if self.low is None or self.high is None:
+            return "none shown"
         shown = {"gain": self.low > 0, "loss": self.high < 0}
         found = next((word for word, is_so in shown.items() if is_so and self.p < ALPHA), "none shown")
         return f"{found} so far" if self.missing and found != "none shown" else found
@@ -87,9 +89,14 @@ def compare(questions: Sequence[Question]) -> list[Comparison]:
         for each, (ours, theirs) in zip(questions, means, strict=True)
     ]
     return [
-        Comparison(each.name, each.against, *paired_gain(*pair), p, len(pair[0]), each.missing, alone)
+        Comparison(each.name, each.against, *told(*paired_gain(*pair)), p, len(pair[0]), each.missing, alone)
         for each, pair, p, alone in zip(questions, means, holm(raw), raw, strict=True)
     ]
+
+
+def told(*values: float) -> list[float | None]:
+    """Numbers as JSON knows them: None for what is none."""
+    return [None if np.isnan(value) else value for value in values]
 
 
 def ranked(ours: Mapping[int, np.ndarray], theirs: Mapping[int, np.ndarray], better: bool) -> float:

@@ -425,7 +425,7 @@ def log_into(folder: Path, level: str) -> Iterator[None]:
 
 def conclude(config: Config, folder: Path, lines: list[report.Line], ties: float, more: str = "") -> dict[str, Any]:
     """Print the table, write the run's folder, and return what RecBole's `run_recbole` returns, and more."""
-    known = config["data_note"], config["shuffle_text"]
+    known = config["data_note"], config["shuffle_text"], [config["MAX_ITEM_LIST_LENGTH"]]
     protocol = report.protocol_sentence(config["eval_args"], config["seen_items"], ties, *known)
     if more:
         text = "\n".join([report.main_table(lines, config["metrics"], config["topk"]), more, protocol])

@@ -24,6 +24,8 @@ PROTOCOL = (
     "metric_decimal_place",
 )
 """Settings in which rows of one table must not differ."""
+OF_LSC = ("lsc_evaluation", "lsc_steps")
+"""Those in which rows of LSC4Rec must not differ either: they say what is shown to whom, and other models do not have them."""
 
 
 def taught_with(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -45,7 +47,7 @@ def row_digest(benchmark: Benchmark, row: Row) -> str:
 
 def teacher_digest(row: Row) -> str:
     """Hash of all that a row says of its teacher: the settings of both the teacher and the protocol."""
-    protocol = {key: row.settings[key] for key in PROTOCOL if key in row.settings}
+    protocol = {key: row.settings[key] for key in (*PROTOCOL, *OF_LSC) if key in row.settings}
     return digest([settings_digest(taught_with(row.settings)), protocol])
 
 
@@ -64,7 +66,7 @@ def record(benchmark: Benchmark, entry: "Entry", seed: int) -> dict[str, Any]:
         "peak_mb": line.notes.get("peak_mb"),
         "settings": taught_with(row.settings) if teacher else row.settings,
         "digest": teacher_digest(row) if teacher else row_digest(benchmark, row),
-        "chosen": line.notes.get("chosen"),
+        "chosen": line.notes.get("choices"),
     }
 
 

@@ -287,17 +287,35 @@ def teaching_sentences(line: Line) -> list[str]:
 
 
 def protocol_sentence(
-    eval_args: dict[str, Any], seen_items: str, ties: float, note: str | None, shuffle_text: int | None = None
+    eval_args: dict[str, Any],
+    seen_items: str,
+    ties: float,
+    note: str | None,
+    shuffle_text: int | None = None,
+    lengths: Sequence[int] = (),
 ) -> str:
-    """How the lines were evaluated, and what has to be known of the data, whose share of `ties` is nan where they have no times."""
+    """How the lines were evaluated, and what has to be known of the data.
+
+    Args:
+        eval_args: RecBole's.
+        seen_items: keep | mask.
+        ties: Share of interactions that share their time with another one; nan where the data have no times.
+        note: Of the data set, if it has one.
+        shuffle_text: The seed by which texts were dealt out anew, if they were.
+        lengths: Longest histories that the models read; told of a split by time, where one user has rows of many lengths.
+    """
     if math.isnan(ties):
         tied = "The data have no times, so how many interactions share one is unknown; the files are the order."
     else:
         tied = f"{ties:.1%} of the interactions share their time with another one of the same user and keep the order of the file."
     seen = {"keep": "items of the history kept", "mask": "items of the user's whole history left out"}[seen_items]
     split = ", ".join(f"{kind}={how}" for kind, how in eval_args["split"].items())
+    whole = ""
+    if eval_args.get("group_by", "user") != "user":
+        read = " to ".join(str(length) for length in dict.fromkeys([min(lengths), max(lengths)])) if lengths else ""
+        whole = f" over all users at once (group_by: none){f', histories of at most {read} items' if read else ''}"
     return (
-        f"Protocol: RecBole's split {split} in the order {eval_args['order']}, test mode {eval_args['mode']['test']}, {seen}; "
+        f"Protocol: RecBole's split {split} in the order {eval_args['order']}{whole}, test mode {eval_args['mode']['test']}, {seen}; "
         f"students are selected on validation rows, LLMs by their answer loss there. {tied}{' ' + note if note else ''}"
         f"{'' if shuffle_text is None else ' ' + shuffled_sentence(shuffle_text)}"
     )

@@ -6,7 +6,7 @@ Knowledge and item tables with each other and with runs of the command line.
 
 import importlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
@@ -29,7 +29,7 @@ from recbole_llm.quick_start import (
     run_recbole_llm,
     teacher_line_folder,
 )
-from recbole_llm.records import PROTOCOL, write_run
+from recbole_llm.records import OF_LSC, PROTOCOL, write_run
 from recbole_llm.slices import Facts
 
 LIST = 20
@@ -122,7 +122,9 @@ class Runner:
                 "pattern of <data set>/<row>, or leave it out."
             )
         for dataset in benchmark.datasets:
-            refuse_mixed_protocols({row.name: self.config(row) for row in benchmark.on(dataset) if not row.ensemble})
+            configs = {row.name: self.config(row) for row in benchmark.on(dataset) if not row.ensemble}
+            refuse_mixed_protocols(configs)
+            refuse_metric(dataset, next(iter(configs.values())))
 
     def config(self, row: Row) -> Config:
         """The Config of a row under its first seed."""
@@ -307,10 +309,12 @@ class Runner:
         """Everything on one data set; writes the ranks of its rows."""
         here = list(entries.values())
         here.sort(key=lambda entry: ORDER[entry.role])
-        config = self.config(next(row for row in self.benchmark.on(dataset) if not row.ensemble))
+        configs = [self.config(row) for row in self.benchmark.on(dataset) if not row.ensemble]
+        config, lengths = configs[0], [each["MAX_ITEM_LIST_LENGTH"] for each in configs]
         data = load_data(config)
         facts = Facts.of(data.train._dataset, data.test._dataset)
-        protocol = report.protocol_sentence(config["eval_args"], config["seen_items"], data.ties, config["data_note"])
+        known = data.ties, config["data_note"]
+        protocol = report.protocol_sentence(config["eval_args"], config["seen_items"], *known, lengths=lengths)
         table = Table(dataset, here, facts, protocol, config, missing, failed)
         if here:
             write_ranks(self.folder / f"ranks-{slug(dataset)}.parquet", table)
@@ -338,14 +342,38 @@ def finished_run(config: Config) -> report.Line | None:
 
 def refuse_mixed_protocols(configs: Mapping[str, Config]) -> None:
     """Refuse rows of one table that are tested differently. Args: row -> its Config. Raises: ValueError."""
+    refuse_other(configs, PROTOCOL)
+    if clouds := {name: config for name, config in configs.items() if config["cloud"]}:
+        refuse_other(clouds, OF_LSC)
+
+
+def refuse_other(configs: Mapping[str, Config], keys: Sequence[str]) -> None:
+    """Refuse rows that differ in some settings. Args: row -> its Config; the settings. Raises: ValueError."""
     first_name, first = next(iter(configs.items()))
     for name, config in configs.items():
-        differ = [f"{key} ({config[key]}, not {first[key]})" for key in PROTOCOL if config[key] != first[key]]
+        differ = [f"{key} ({config[key]}, not {first[key]})" for key in keys if config[key] != first[key]]
         if differ:
             raise ValueError(
                 f"{name}: would be tested otherwise than {first_name}; what differs: {', '.join(differ)}. Put such settings under the "
                 "data set in the benchmark's file, once per protocol."
             )
+
+
+def refuse_metric(dataset: str, config: Config) -> None:
+    """Refuse a metric that tables cannot be made of. Raises: ValueError."""
+    metric, _, cut = str(config["valid_metric"]).lower().partition("@")
+    there = [name for name in map(str.lower, config["metrics"]) if name in report.SINGLE_TARGET]
+    faults = {
+        "does not follow from one rank per row": metric not in report.SINGLE_TARGET,
+        "is not among metrics": metric not in there,
+        "has no cut-off": not cut.isdecimal(),
+    }
+    if what := next((fault for fault, wrong in faults.items() if wrong), None):
+        raise ValueError(
+            f"valid_metric={config['valid_metric']}: {what}, and tables of {dataset} are made of it; there is "
+            f"{', '.join(there) or 'none'} in metrics={config['metrics']}, of {', '.join(report.SINGLE_TARGET)}, at {config['topk']}. Set "
+            "valid_metric and metrics."
+        )
 
 
 def write_ranks(file: Path, table: Table) -> None:

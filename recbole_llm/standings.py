@@ -328,8 +328,8 @@ def gains(comparisons: Sequence[Mapping[str, Any]]) -> str:
         [
             each["name"],
             each["against"],
-            f"{each['gain']:+.1%}",
-            f"{each['low']:+.1%} to {each['high']:+.1%}",
+            "n/a" if each["gain"] is None else f"{each['gain']:+.1%}",
+            "n/a" if each["low"] is None else f"{each['low']:+.1%} to {each['high']:+.1%}",
             f"{each['p']:.3g}",
             each["verdict"],
         ]

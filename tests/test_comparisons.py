@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from scipy.stats import wilcoxon
 
 from recbole_llm.comparisons import Comparison, Question, compare, holm, per_user, ranked, signed_ranks, uncorrected
+from recbole_llm.standings import gains
 
 
 def test_holm_by_hand():
@@ -94,3 +95,10 @@ def test_what_p_values_were_before_their_correction():
     assert uncorrected([0.004, 1.0, 1.0]) == pytest.approx([0.004 / 3, 1.0, 1.0]), "how far above 1 it was is not known"
     tied = holm([0.01, 0.0101, 0.5])
     assert tied[0] == tied[1] and holm(uncorrected(tied)) == pytest.approx(tied)
+
+
+def test_there_is_no_gain_over_nothing():
+    """And no NaN, which JSON does not know."""
+    (found,) = compare([Question("A", "B", {1: np.array([1.0, 0.0, 1.0])}, {1: np.zeros(3)})])
+    assert (found.gain, found.low, found.high, found.verdict) == (None, None, None, "none shown")
+    assert "| A | B | n/a | n/a |" in gains([vars(found) | {"verdict": found.verdict}])

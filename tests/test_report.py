@@ -325,3 +325,16 @@ def test_runs_that_were_tested_otherwise_are_refused(tmp_path):
         compared([ours], [run_of(tmp_path / "c", "B", [0, 1, 2])])
     with pytest.raises(ValueError, match="nowhere: no finished run there"):
         compared([ours], [tmp_path / "nowhere"])
+
+
+def test_a_split_by_time_says_so_and_how_long_histories_are():
+    by_time = {"split": {"RS": [8, 1, 1]}, "order": "TO", "group_by": "none", "mode": {"test": "full"}}
+    said = protocol_sentence(by_time, "keep", 0.0, None, lengths=[50, 10, 20])
+    assert (
+        "in the order TO over all users at once (group_by: none), histories of at most 10 to 50 items, test mode full"
+        in said
+    )
+    assert "histories of at most 20 items," in protocol_sentence(by_time, "keep", 0.0, None, lengths=[20, 20])
+    assert (
+        protocol_sentence(by_time | {"group_by": "user"}, "keep", 0.25, "Made up.", lengths=[20]).count("at most") == 0
+    )

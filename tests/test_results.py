@@ -12,6 +12,7 @@ from recbole_llm import quick_start, runner
 from recbole_llm.benchmark import Benchmark
 from recbole_llm.command import main
 from recbole_llm.quick_start import run_folder
+from recbole_llm.records import PROTOCOL
 from recbole_llm.results import cells, differences, run_benchmark, verify
 from recbole_llm.runner import Runner, config_of, refuse_mixed_protocols
 from recbole_llm.standings import of_ranks
@@ -174,6 +175,36 @@ def test_committed_runs_are_those_of_the_committed_table(name):
     assert {(run["dataset"], run["row"], run["seed"]): of_ranks(run["metrics"]) for run in runs} == table
 
 
+def test_what_was_chosen_on_validation_rows_is_recorded(tmp_path):
+    run_benchmark(SMOKE, only="ring/Popularity")
+    run = json.loads((tmp_path / "results/smoke/runs/ring/Popularity-2020.json").read_text())
+    assert run["chosen"].keys() == {"popularity_last", "counting_repeats"}
+
+
+@pytest.mark.parametrize(
+    ("valid", "metrics", "said"),
+    [
+        ("MAP@10", "[MAP, NDCG]", r"valid_metric=MAP@10: does not follow from one rank per row, .* there is ndcg in metrics="),
+        ("NDCG", "[NDCG]", r"valid_metric=NDCG: has no cut-off, "),
+        ("MRR@10", "[Recall, NDCG]", r"valid_metric=MRR@10: is not among metrics, .* there is recall, ndcg in metrics="),
+    ],
+)  # fmt: skip
+def test_a_metric_that_no_table_is_made_of_is_refused_before_any_work(valid, metrics, said, tmp_path):
+    with pytest.raises(ValueError, match=said):
+        run_benchmark(SMOKE, {"valid_metric": valid, "metrics": yaml.safe_load(metrics)}, only="ring/Popularity")
+    assert not (tmp_path / "saved/runs").exists()
+
+
+@pytest.mark.parametrize("differ", [{"lsc_evaluation": "stream"}, {"lsc_steps": 5}], ids=str)
+def test_rows_of_lsc4rec_that_are_shown_otherwise_are_refused_beside_each_other(differ):
+    of_lsc = {"cloud": "LiteLLM4Rec", "lsc_evaluation": "static", "lsc_steps": 10}
+    protocol = dict.fromkeys(PROTOCOL)
+    one, other = protocol | of_lsc, protocol | of_lsc | differ
+    with pytest.raises(ValueError, match="B: would be tested otherwise than A; what differs: lsc_"):
+        refuse_mixed_protocols({"SASRec": protocol | dict.fromkeys(of_lsc), "A": one, "B": other})
+    refuse_mixed_protocols({"SASRec": protocol | dict.fromkeys(of_lsc), "A": one, "B": one})
+
+
 def test_an_ensemble_whose_parts_were_not_run_is_missing(tmp_path):
     text = (
         SMOKE.read_text()
@@ -189,6 +220,8 @@ def test_an_ensemble_whose_parts_were_not_run_is_missing(tmp_path):
     assert "| SASRec + a larger SASRec | control | 1 | 60 |" in table, (
         "another seed's parts are not taken for this one's"
     )
+    run = json.loads((tmp_path / "results/pairs/runs/ring/SASRec-a-larger-SASRec-2020.json").read_text())
+    assert len(run["chosen"]) == 2 and run["chosen"]["norm"]
 
 
 def test_rows_of_one_table_are_tested_alike(tmp_path):
