@@ -5,7 +5,8 @@ to tell minutes from hours. Where they alone are asked for, labelling by a promp
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -31,11 +32,24 @@ T5_SIZES = {"t5-small": 6e7, "t5-base": 2.2e8, "t5-large": 7.7e8}
 
 @dataclass
 class Step:
-    """One stage: what is done, about how many seconds it takes (None: taken from a file), and what was measured for it."""
+    """One stage of a run.
+
+    Args:
+        what: What is done.
+        seconds: About how long it takes; None where it is taken from a file.
+        measured: What was measured for it.
+        kept: Folder of what it makes, where other runs find it, too; None for what is this run's alone.
+    """
 
     what: str
     seconds: float | None
     measured: rehearsal.Rehearsal | None = None
+    kept: Path | None = None
+
+
+def keeping(folder: Path, stages: list[Step]) -> list[Step]:
+    """Stages whose work is kept in a folder for other runs."""
+    return [replace(stage, kept=folder) for stage in stages]
 
 
 def steps(config: Any, data: Any, measure: bool = False, alone: bool = True) -> list[Step]:
@@ -89,10 +103,17 @@ def teaching(config: Any, data: Any, rate: float, measure: bool) -> list[Step]:
         labelling = Step(labelling.what, found.whole.seconds, found)
         testing = Step(testing.what, found.seconds_of(tested))
     return [
-        *(first if tuned else tuning(request.config, targets, rate)),
-        Step(f"Embed {titles} titles with {llm}", titles * TITLE_TOKENS * 2 * parameters(llm) / (rate * READ_LLM)),
-        labelling,
-        testing,
+        *(first if tuned else keeping(request.teacher_folder, tuning(request.config, targets, rate))),
+        *keeping(
+            request.folder,
+            [
+                Step(
+                    f"Embed {titles} titles with {llm}", titles * TITLE_TOKENS * 2 * parameters(llm) / (rate * READ_LLM)
+                ),
+                labelling,
+                testing,
+            ],
+        ),
     ]
 
 
@@ -103,13 +124,15 @@ def teaching_by_model(config: Any, request: knowledge.Request, dataset: Any, rat
     if request.checkpoint or teacher.is_ready(request.teacher_folder):
         plan.append(Step(f"Take the trained {name} from {request.checkpoint or request.teacher_folder}", None))
     else:
-        plan += [training(own, f"{name} (teacher)", targets, items, rate), *refining(own, targets, items, rate)]
+        made = [training(own, f"{name} (teacher)", targets, items, rate), *refining(own, targets, items, rate)]
+        plan += keeping(request.teacher_folder, made)
     if folds := config["teacher_folds"]:
         parts = [part for _, part in knowledge.fold_parts(config, dataset)]
-        missing = [len(part) for part in parts if not teacher.is_ready(teacher.folder_of(own, part))]
-        for part in missing:
-            plan.append(training(own, f"{name} (teacher of one of {folds} folds)", part, items, rate))
-            plan += refining(own, part, items, rate)
+        folders = {teacher.folder_of(own, part): len(part) for part in parts}
+        missing = {folder: rows for folder, rows in folders.items() if not teacher.is_ready(folder)}
+        for folder, part in missing.items():
+            made = training(own, f"{name} (teacher of one of {folds} folds)", part, items, rate)
+            plan += keeping(folder, [made, *refining(own, part, items, rate)])
         if not missing:
             plan.append(Step(f"Take the trained teachers of {folds} folds", None))
     whole = not own["p5_history"] and own["lite_rec_mask"] != "bidirectional"  # whether one pass may label all rows
@@ -119,7 +142,8 @@ def teaching_by_model(config: Any, request: knowledge.Request, dataset: Any, rat
     looks = own["p5_beams"] if own["p5_history"] else 1
     upto = "" if own["lite_head"] or own["p5_history"] else "up to "  # of RecBole's models a check decides
     seconds = looks * epoch_seconds(own, rows, items, rate) / 3
-    return [*plan, Step(f"{name} labels {upto}{rows} of {targets} training rows", seconds)]
+    labelling = Step(f"{name} labels {upto}{rows} of {targets} training rows", seconds)
+    return [*plan, *keeping(request.folder, [labelling])]
 
 
 def collaborating(config: Any, train_data: Any, rate: float) -> list[Step]:
@@ -133,7 +157,8 @@ def collaborating(config: Any, train_data: Any, rate: float) -> list[Step]:
     rows = min(targets, settings.list_rows or targets) * trains_on_lists
     history = timeline.split(timeline.train)
     plan = []
-    if config["cloud_checkpoint"] or teacher.is_ready(teacher.folder_of(own, history)):
+    folder = teacher.folder_of(own, history)
+    if config["cloud_checkpoint"] or teacher.is_ready(folder):
         plan.append(Step(f"Take the trained {config['cloud']} from its folder", None))
     elif own["prompt_lead"]:
         plan += tuning(own, targets, rate)
@@ -154,6 +179,7 @@ def collaborating(config: Any, train_data: Any, rate: float) -> list[Step]:
                 seconds,
             )
         )
+    plan = keeping(folder, plan)
     device = device_config(config)
     for phase in settings.phases:
         many = len(timeline.real_time.flatten()) if phase == "retrain" else targets
@@ -173,6 +199,11 @@ def refining(config: Any, targets: int, items: int, rate: float) -> list[Step]:
     work = read * 8 * 12 * layers * width**2 / (rate * TRAIN_LLM)
     what = f"Train its Item LLM, too ({config['lite_item_train']}), at most {epochs} epochs"
     return [Step(what, epochs * (epoch_seconds(config, targets, items, rate) + work))]
+
+
+def mixing(choices: int, valid_rows: int, test_rows: int, items: int) -> Step:
+    """The stage of adding up two models' scores: every choice on all validation rows, the best one on the test rows."""
+    return Step("Add up the scores of two models", (choices * valid_rows + test_rows) * items / RANKED)
 
 
 def epochs_of(config: Any) -> int:

@@ -22,6 +22,7 @@ from recbole_llm.benchmark import TEACHER_OF, Benchmark, Row
 from recbole_llm.config import Config
 from recbole_llm.quick_start import (
     LISTS,
+    devices_folder,
     finished,
     has_teacher,
     load_data,
@@ -143,34 +144,61 @@ class Runner:
 
     def estimate(self) -> str:
         """What is to be run and about how long it takes, as text."""
-        rows, once = [], set()
+        rows: list[list[str]] = []
+        once: set[tuple[Path, str]] = set()
         total = 0.0
         for row in self.benchmark.rows:
             seeds = [seed for seed in row.seeds if self.chosen(row, seed)]
-            if row.ensemble or not seeds:
+            if not seeds:
                 continue
-            missing = [seed for seed in seeds if not finished_run(config_of(row, seed))]
-            seconds, shared = 0.0, 0.0
-            if missing:
-                config = self.config(row)
-                steps = plan.steps(config, load_data(config), alone=False)
-                seconds = (steps[-1].seconds or 0.0) * len(missing)
-                for step in steps[:-1]:
-                    if (key := (row.dataset, row.axes.get("teacher", row.name), step.what)) not in once:
-                        once.add(key)
-                        shared += step.seconds or 0.0
-            total += seconds + shared
-            rows.append(
-                [
-                    f"{row.dataset}/{row.name}",
-                    str(len(seeds)),
-                    str(len(seeds) - len(missing)),
-                    _spoken(shared),
-                    _spoken(seconds),
-                ]
-            )
+            missing, note = self._missing(row, seeds)
+            common, own = self._seconds(row, missing, once)
+            total += common + own
+            there = len(seeds) - len(missing)
+            rows.append([f"{row.dataset}/{row.name}{note}", str(len(seeds)), str(there), _spoken(common), _spoken(own)])
         head = ["row", "runs", "there", "teacher and Knowledge", "training"]
         return f"{report.draw(head, rows)}\nIn all about {plan.spoken(total)}.\n{plan.HOW.strip()}"
+
+    def _missing(self, row: Row, seeds: Sequence[int]) -> tuple[list[int], str]:
+        """Which runs of a row are not there, and what has to be known of that."""
+        if not row.ensemble:
+            return [seed for seed in seeds if not finished_run(config_of(row, seed))], ""
+        entries, asked = {}, {}
+        for other in self.benchmark.on(row.dataset):
+            if other.name in (part.removeprefix(TEACHER_OF) for part in row.ensemble):
+                made = {seed: config_of(other, seed) for seed in other.seeds}
+                folders = {seed: run_folder(config) for seed, config in made.items() if finished_run(config)}
+                entries[other.dataset, other.name] = Entry(other, other.name, other.role, {}, folders)
+                coming = folders | {seed: Path() for seed in other.seeds if self.chosen(other, seed)}
+                asked[other.dataset, other.name] = Entry(other, other.name, other.role, {}, coming)
+        missing = [seed for seed in seeds if not self._there(row, seed, entries)]
+        apart = any(not self._parts_there(row, seed, asked) for seed in missing)
+        return missing, " (not without its parts)" if apart else ""
+
+    def _seconds(self, row: Row, missing: Sequence[int], once: set[tuple[Path, str]]) -> tuple[float, float]:
+        """How long the missing runs of a row take: what further runs find made, counted when it is made first, and their own work."""
+        if not missing:
+            return 0.0, 0.0
+        if row.ensemble:
+            first = row.ensemble[0].removeprefix(TEACHER_OF)
+            data = load_data(self.configs[row.dataset, first])
+            choices = len(ensemble.NORMS) * len(ensemble.WEIGHTS)
+            sizes = len(data.valid._dataset), len(data.test._dataset), data.train._dataset.item_num
+            return 0.0, (plan.mixing(choices, *sizes).seconds or 0.0) * len(missing)
+        config = self.config(row)
+        data, common, own = load_data(config), 0.0, 0.0
+        # the teacher is the same under all seeds, so one of them stands for all; LSC4Rec's devices are found by other rows, too
+        seeds = missing if config["cloud"] else missing[:1]
+        for config in (config_of(row, seed) for seed in seeds):
+            for step in plan.steps(config, data, alone=False):
+                seconds, kept = step.seconds or 0.0, step.kept or (devices_folder(config) if config["cloud"] else None)
+                if kept and (kept, step.what) in once:
+                    continue
+                if kept:
+                    once.add((kept, step.what))
+                common += seconds if step.kept else 0.0
+                own += 0.0 if step.kept else seconds * len(missing) / len(seeds)
+        return common, own
 
     def run(self, so_far: Callable[[Table], None] = lambda table: None) -> list[Table]:
         """Run what is missing and write it; a run that ends in an error is written down, and the next one begins.

@@ -3,12 +3,13 @@
 import fcntl
 import json
 import shutil
+from pathlib import Path
 
 import pandas
 import pytest
 import yaml
 
-from recbole_llm import quick_start, runner
+from recbole_llm import plan, quick_start, runner
 from recbole_llm.benchmark import Benchmark
 from recbole_llm.command import main
 from recbole_llm.quick_start import run_folder
@@ -18,6 +19,7 @@ from recbole_llm.runner import Runner, config_of, refuse_mixed_protocols
 from recbole_llm.standings import of_ranks
 from tests.conftest import ROOT
 from tests.pipelines import ring_settings
+from tests.smoke import prepare
 
 SMOKE = ROOT / "properties" / "benchmark" / "smoke.yaml"
 ONLY = {"only": "ring/SASRec*vectors of LiteLLM4Rec"}
@@ -81,6 +83,38 @@ def test_a_killed_benchmark_goes_on(tmp_path, monkeypatch):
     assert [cell.strip() for cell in row.split("|")][2:4] == ["2", "1"]
     run_benchmark(SMOKE, only="ring/SASRec")
     assert len(list((tmp_path / "results/smoke/runs/ring").iterdir())) == 2
+
+
+def estimated(**chosen):
+    """Row -> runs, there, seconds of what is shared, seconds of training, as the estimate says them."""
+    lines = [line.split("|")[1:-1] for line in Runner(Benchmark.load(SMOKE), **chosen).estimate().splitlines()]
+    return {name.strip(): [cell.strip() for cell in cells] for name, *cells in (line for line in lines if line)}
+
+
+def test_the_estimate_counts_a_teacher_once_and_every_stage_of_each_seed(monkeypatch):
+    def steps(config, data, **_):
+        teacher = [plan.Step("teach", 1000.0, kept=Path("t")), plan.Step("label", 200.0, kept=Path("k"))]
+        return [*(teacher if config["teacher"] else []), plan.Step("phase 1", 10.0), plan.Step("phase 2", 20.0)]
+
+    monkeypatch.setattr(plan, "steps", steps)
+    assert list(estimated(only="ring/*BIGRec").values())[1:] == [["2", "0", "20 min", "60 s"], ["2", "0", "-", "60 s"]]
+
+
+def test_what_a_plan_shares_is_known_by_its_folder():
+    """Not by the row's name: two students of one teacher wait for it once."""
+    rows = [row for row in Benchmark.load(SMOKE).on("ring") if row.name.endswith("vectors of LiteLLM4Rec")]
+    prepare()
+    configs = [config_of(row, 2020) for row in rows]
+    one, other = (plan.steps(config, quick_start.load_data(config), alone=False) for config in configs)
+    assert [(step.kept, step.what) for step in one[:-1]] == [(step.kept, step.what) for step in other[:-1]]
+    assert all(step.kept for step in one[:-1]) and one[-1].kept is None
+
+
+def test_the_estimate_has_ensembles_and_says_what_they_need():
+    alone = estimated(only="ml-100k-small/SASRec + *")
+    assert alone["ml-100k-small/SASRec + a larger SASRec (not without its parts)"][:3] == ["2", "0", "-"]
+    both = estimated(only="ml-100k-small/SASRec*")
+    assert "ml-100k-small/SASRec + a larger SASRec" in both
 
 
 def test_a_failing_run_costs_no_other(tmp_path, monkeypatch, capsys):
