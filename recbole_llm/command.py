@@ -99,7 +99,7 @@ def benchmark(names: argparse.Namespace, settings: list[str]) -> int:
     """Run, estimate or verify a benchmark; 1 where a run fails, or what comes out is not what is committed."""
     sys.argv = sys.argv[:1]  # settings go to every run of the benchmark, which reads no command line
     from recbole_llm.benchmark import Benchmark
-    from recbole_llm.results import estimate_benchmark, run_benchmark, verify
+    from recbole_llm.results import estimate_benchmark, run_benchmark, uncommitted, verify
     from recbole_llm.runner import RunsFailed
 
     file, only, seeds = names.benchmark, "*" if names.only is None else names.only, seeds_of(names.seeds)
@@ -119,6 +119,7 @@ def benchmark(names: argparse.Namespace, settings: list[str]) -> int:
         if not names.verify:
             print(run_benchmark(file, overrides, only, seeds))
             return 0
+        lacking, every = uncommitted(file)
         differ = verify(file, overrides)
     except RunsFailed as error:  # each has its traceback in the log
         print(f"\n{error}", file=sys.stderr)
@@ -126,7 +127,8 @@ def benchmark(names: argparse.Namespace, settings: list[str]) -> int:
     if differ:
         print(f"{file}: {len(differ)} cells differ from what is committed:", *differ, sep="\n  ", file=sys.stderr)
         return 1
-    print(f"{file}: every number is as committed.")
+    apart = f" {lacking} of its {every} runs are not committed, and were not run." if lacking else ""
+    print(f"{file}: every number is as committed.{apart}")
     return 0
 
 

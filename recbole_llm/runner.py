@@ -6,7 +6,7 @@ Knowledge and item tables with each other and with runs of the command line.
 
 import importlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
@@ -101,15 +101,21 @@ class Runner:
         results: Folder of all benchmarks' results.
         only: Pattern of `<data set>/<row>` that is to be run (`ml-100k/SASRec*`); of others only what is there is shown.
         seeds: Seeds that are to be run; all of the file where it is empty.
+        runs: Data sets, rows and seeds of the only ones that are to be run, if not all.
 
     Raises:
         ValueError: A setting of a row is wrong, or rows of one table are tested differently.
     """
 
     def __init__(
-        self, benchmark: Benchmark, results: str | Path = "results", only: str = "*", seeds: tuple[int, ...] = ()
+        self,
+        benchmark: Benchmark,
+        results: str | Path = "results",
+        only: str = "*",
+        seeds: tuple[int, ...] = (),
+        runs: Collection[tuple[str, str, int]] | None = None,
     ):
-        self.benchmark, self.only, self.seeds = benchmark, only, seeds
+        self.benchmark, self.only, self.seeds, self.runs = benchmark, only, seeds, runs
         self.folder = Path(results) / benchmark.folder
         if benchmark.prepare:
             importlib.import_module(benchmark.prepare).prepare()
@@ -140,7 +146,8 @@ class Runner:
 
     def chosen(self, row: Row, seed: int) -> bool:
         """Whether a run is among those that were asked for."""
-        return fnmatch(f"{row.dataset}/{row.name}", self.only) and (not self.seeds or seed in self.seeds)
+        named = fnmatch(f"{row.dataset}/{row.name}", self.only) and (not self.seeds or seed in self.seeds)
+        return named and (self.runs is None or (row.dataset, row.name, seed) in self.runs)
 
     def estimate(self) -> str:
         """What is to be run and about how long it takes, as text."""

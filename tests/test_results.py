@@ -374,7 +374,7 @@ def test_verify_exits_with_1_and_the_cells(tmp_path, monkeypatch, capsys):
     changed = json.loads(json.dumps(committed))
     changed["ring"]["rows"]["SASRec"]["runs"]["2020"]["metrics"]["recall@1"] -= 0.5
 
-    def fake(file, overrides, results):
+    def fake(file, overrides, results, runs):
         folder = type(tmp_path)(results) / "smoke"
         folder.mkdir()
         (folder / "results.json").write_text(json.dumps({"data": changed}))
@@ -384,6 +384,47 @@ def test_verify_exits_with_1_and_the_cells(tmp_path, monkeypatch, capsys):
     assert "ring: SASRec, seed 2020, metrics recall@1: 1.000000 committed, 0.500000 now" in capsys.readouterr().err
     changed["ring"] = committed["ring"]
     assert main([f"--benchmark={SMOKE}", "--verify"]) == 0
+
+
+def test_verify_runs_what_is_committed_and_says_what_is_not(ran, capsys):
+    """Which is one seed of two rows here; nothing is told of the others but how many they are."""
+    assert main([f"--benchmark={SMOKE}", "--verify"]) == 0
+    every = sum(len(row.seeds) for row in Benchmark.load(SMOKE).rows)
+    assert f"every number is as committed. {every - 2} of its {every} runs are not committed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda now: now.update(protocol="another"), "protocol: as it is committed, another now"),
+        (lambda now: now.update(test_rows=11), "test rows: 12 committed, 11 now"),
+        (lambda now: now["rows"]["A"].update(test_rows=6), "A, test rows: 12 committed, 6 now"),
+        (lambda now: now["slices"]["length"]["1 to 5"].update(rows=4), "length: rows of the groups: [3] committed, [4] now"),
+        (lambda now: now["met_first"].update(A=0.4), "A, met first: 0.300000 committed, 0.400000 now"),
+        (lambda now: now["accounts"].update(A="| both | 0.2000 | 5.0% |"), "A, account: number 0: 0.100000 committed, 0.200000 now"),
+        (lambda now: now.update(strongest="C"), "strongest: A committed, C now"),
+    ],
+)  # fmt: skip
+def test_verify_compares_how_it_was_tested_and_what_stands_beside_the_scores(change, said):
+    more = {
+        "protocol": "as it is", "met_first": {"A": 0.3}, "strongest": "A", "accounts": {"A": "| both | 0.1000 | 3.0% |"},
+    }  # fmt: skip
+    committed = json.loads(json.dumps(STANDING | more))
+    committed["rows"]["A"]["test_rows"] = 12
+    committed["rows"]["C"] = {"runs": {"1": {"metrics": {"ndcg@10": 0.5}, "valid": {"ndcg@10": 0.5}}}}
+    now = json.loads(json.dumps(committed))
+    assert differences({"d": committed}, {"d": now}, {"d": 0.01}) == []
+    change(now)
+    assert any(said in each for each in differences({"d": committed}, {"d": now}, {"d": 0.01}))
+
+
+def test_what_an_older_file_does_not_have_is_not_compared_and_equally_strong_rows_are_one():
+    now = json.loads(json.dumps(STANDING | {"met_first": {"A": 0.3}, "strongest": "A"}))
+    assert differences({"d": STANDING}, {"d": now}, {"d": 0.0}) == []
+    for each in (now, committed := json.loads(json.dumps(now))):
+        each["rows"]["C"] = json.loads(json.dumps(each["rows"]["A"]))
+    now["strongest"] = "C"
+    assert differences({"d": committed}, {"d": now}, {"d": 0.0}) == []
 
 
 def test_verify_without_committed_results_is_refused(capsys):
