@@ -89,20 +89,26 @@ def publish(benchmark: Benchmark, folder: Path, command: str, table: Table | Non
         file = folder / "results.json"
         known = read_json(file) if file.is_file() else {}
         runs = list(runs_written(folder, benchmark))
-        standings = {}
+        standings, before = {}, known.get("data", {})
         for dataset in benchmark.datasets:
             own = table if table and table.dataset == dataset else None
             there = [(row, run) for row, run in runs if row.dataset == dataset]
-            if each := merged(benchmark, dataset, own, known.get("data", {}).get(dataset), there):
-                standings[dataset] = each
-        # what is here alone was timed here
-        timed = dict.fromkeys([*known.get("machine", machine()).split("; "), machine()])
-        text = markdown(benchmark, standings, "; ".join(timed), command)
-        write_json(file, {"benchmark": benchmark.name, "machine": "; ".join(timed), "data": standings})
+            if each := merged(benchmark, dataset, own, before.get(dataset), there):
+                elsewhere = own is None or "partly" in each  # what is here as a whole was timed here
+                timed = before.get(dataset, {}).get("machine", known.get("machine", "")) if elsewhere else ""
+                standings[dataset] = each | {"machine": _joined(timed, machine() if own else "")}
+        timed = _joined(*(each["machine"] for each in standings.values())) or machine()
+        text = markdown(benchmark, standings, timed, command)
+        write_json(file, {"benchmark": benchmark.name, "machine": timed, "data": standings})
         write_text(folder / "table.md", text)
     if table and table.entries:
         draw_table(table, folder)
     return text
+
+
+def _joined(*machines: str) -> str:
+    """Names of machines, each once."""
+    return "; ".join(dict.fromkeys(name for names in machines for name in names.split("; ") if name))
 
 
 def command_of(file: str | Path, changed: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ from recbole_llm import runner
 from recbole_llm.benchmark import Benchmark
 from recbole_llm.merging import merged
 from recbole_llm.records import row_digest, runs_written
-from recbole_llm.results import command_of, publish, run_benchmark
+from recbole_llm.results import command_of, machine, publish, run_benchmark
 from recbole_llm.runner import Runner
 from tests.conftest import ROOT
 
@@ -104,6 +104,16 @@ def test_seeds_of_two_machines_are_one_row_and_what_needs_ranks_stays_as_publish
     )
     again = run_benchmark(pair, only="ring/two", seeds=[2021])
     assert data_of(moved)["ring"] == after and again == table
+
+
+def test_times_are_told_with_the_machines_that_they_are_of(moved, pair):
+    known = json.loads((moved / "results.json").read_text())
+    known["machine"] = known["data"]["ring"]["machine"] = "a large one"
+    (moved / "results.json").write_text(json.dumps(known))
+    table = run_benchmark(pair, only="ring/three", seeds=[2020])
+    assert f"Times and memory: a large one; {machine()}." in table
+    run_benchmark(pair, only="ring/one")
+    assert f"Times and memory: {machine()}." in run_benchmark(pair, only="ring/two", seeds=[2020])
 
 
 def test_a_pair_that_no_machine_can_compare_is_named(moved, pair):
