@@ -10,12 +10,14 @@ import pytest
 import yaml
 
 from recbole_llm import plan, quick_start, runner
-from recbole_llm.benchmark import Benchmark
+from recbole_llm.benchmark import Benchmark, Row
+from recbole_llm.charts import training
 from recbole_llm.command import main
 from recbole_llm.quick_start import run_folder
-from recbole_llm.records import PROTOCOL
+from recbole_llm.records import PROTOCOL, row_of
+from recbole_llm.report import Line
 from recbole_llm.results import cells, differences, run_benchmark, verify
-from recbole_llm.runner import Runner, config_of, refuse_mixed_protocols
+from recbole_llm.runner import Entry, Runner, config_of, refuse_mixed_protocols
 from recbole_llm.standings import of_ranks
 from tests.conftest import ROOT
 from tests.pipelines import ring_settings
@@ -195,7 +197,17 @@ def test_lists_that_are_missing_are_made_without_a_training(ran, monkeypatch):
     assert after["notes"]["peak_mb"] == before["notes"]["peak_mb"]
 
 
-@pytest.mark.parametrize("name", sorted(folder.name for folder in (ROOT / "results").iterdir()))
+COMMITTED = sorted(folder.name for folder in (ROOT / "results").iterdir())
+
+
+@pytest.mark.parametrize("name", COMMITTED)
+def test_committed_runs_have_the_settings_of_their_file(name):
+    benchmark = Benchmark.load(ROOT / "properties" / "benchmark" / f"{name}.yaml")
+    runs = [json.loads(file.read_text()) for file in (ROOT / "results" / name / "runs").glob("*/*.json")]
+    assert runs and {run["row"] for run in runs if not row_of(benchmark, run)} == set()
+
+
+@pytest.mark.parametrize("name", COMMITTED)
 def test_committed_runs_are_those_of_the_committed_table(name):
     folder = ROOT / "results" / name
     data = json.loads((folder / "results.json").read_text())["data"]
@@ -425,6 +437,17 @@ def test_what_an_older_file_does_not_have_is_not_compared_and_equally_strong_row
         each["rows"]["C"] = json.loads(json.dumps(each["rows"]["A"]))
     now["strongest"] = "C"
     assert differences({"d": committed}, {"d": now}, {"d": 0.0}) == []
+
+
+def test_what_a_taught_row_costs_has_its_teacher_in_it():
+    def entry(name, role, seconds, taught_by=None):
+        lines = {seed: Line(name, {}, [], seconds=each) for seed, each in enumerate(seconds)}
+        return Entry(Row(name, "ring", role, {}, (), (0,)), name, role, lines, {}, taught_by)
+
+    teacher = entry("T", "teacher", [{"train": 100.0, "label": 20.0, "test": 1.0}])
+    taught = entry("S", "claim", [{"train": 4.0, "test": 1.0}, {"train": 6.0, "test": 1.0}], "T")
+    assert training(taught, {"T": teacher}) == 125.0 and training(teacher, {"T": teacher}) == 120.0
+    assert training(entry("S", "claim", [{"train": 4.0}], "gone"), {"T": teacher}) == 4.0
 
 
 def test_verify_without_committed_results_is_refused(capsys):
