@@ -300,7 +300,10 @@ def test_lsc4rec_has_its_account_and_no_times_among_its_metrics(ring, tiny_lm, t
     assert "LSC4Rec, cloud and device:" in table and "| consistency" in table and "by slices" not in table
     run_benchmark(file, only="*/seldom")
     found = json.loads((tmp_path / "results/lsc/results.json").read_text())["data"]["ring"]
-    assert all("@" in name or " against " in name for name, *_ in cells(found))
+    of_account = "LSC4Rec, account: number ", "seldom, account: number "
+    assert all("@" in name or " against " in name or name.startswith(of_account) for name, *_ in cells(found))
+    numbers = [value for name, value, _ in cells(found) if name.startswith(of_account)]
+    assert numbers and all(0 <= value <= 1 for value in numbers), "scores, no percentages and no times"
     assert list(found["rows"]) == ["LSC4Rec", "seldom"] and not found["missing"], "the first is taken from its files"
     (run,) = found["rows"]["LSC4Rec"]["runs"].values()
     assert (
