@@ -227,13 +227,12 @@ def markdown(benchmark: Benchmark, standings: Mapping[str, Mapping[str, Any]], m
         if benchmark.minutes
         else ""
     )
-    here = "" if benchmark.here else " **Not run here**: it is meant for a GPU."
-    parts.append(f"`{command}`{here}{takes} Times and memory: {machine}.")
+    parts.append(f"`{command}`{takes} Times and memory: {machine}.")
     for dataset, each in standings.items():
         parts += [f"## {dataset}", *section(each, benchmark.published.get(dataset, {}), benchmark.source)]
     for dataset, rows in benchmark.published.items():
         if dataset not in standings:
-            parts += [f"## {dataset}, as published", published(rows, benchmark.source)]
+            parts += [f"## {dataset}, as published; **not run here**", published(rows, benchmark.source)]
     return "\n\n".join(parts) + "\n"
 
 

@@ -1,14 +1,15 @@
 """Puts the result tables into README from the committed files: `make readme`; a test fails where README and results differ.
 
 A block stands between `<!-- table NAME -->` and `<!-- end -->`: `tuned` are the baselines of tests/bench/tuned, every other name a
-benchmark of results/.
+benchmark, as its results/ are, or without any what its paper says.
 """
 
 import re
 from pathlib import Path
 
 from recbole_llm.artifacts import read_json, write_text
-from recbole_llm.standings import gains, scores, table
+from recbole_llm.benchmark import Benchmark
+from recbole_llm.standings import gains, published, scores, table
 from tests.bench.tune import PROTOCOLS, RESULTS, line
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -44,9 +45,14 @@ def tuned() -> str:
 
 
 def benchmark(name: str) -> str:
-    """Scores and gains of a benchmark, data set by data set."""
+    """Scores and gains of a benchmark, data set by data set; of one that was not run here what is published."""
+    file = ROOT / "results" / name / "results.json"
+    if not file.is_file():
+        asked = Benchmark.load(ROOT / "properties" / "benchmark" / f"{name}.yaml")
+        said = [f"`{name}`, {dataset}:\n\n{published(rows, '')}" for dataset, rows in asked.published.items()]
+        return "\n\n".join([*said, f"**Not run here.** As published: {asked.source}."])
     parts = []
-    for dataset, standing in read_json(ROOT / "results" / name / "results.json")["data"].items():
+    for dataset, standing in read_json(file)["data"].items():
         parts += [f"{dataset}, {standing['test_rows']:,} test rows. {standing['protocol']}", scores(standing)]
         if standing["comparisons"]:
             parts.append(gains(standing["comparisons"]))
