@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from recbole_llm import knowledge as knowledge_file
+from recbole_llm import plan as plan_file
 from recbole_llm import pretrained
 from recbole_llm.attached import attach
 from recbole_llm.folds import folds_of, user_table
@@ -331,6 +332,8 @@ def test_the_plan_says_what_is_still_to_be_trained(ring, tiny_lm):
 def test_the_plan_of_lite_llm4rec_alone_names_phase_b_and_asks_no_network(ring, tiny_lm, monkeypatch):
     settings = ring_settings(ring, "LiteLLM4Rec", tiny_lm, lite_item_train="full", llm_revision="v2")
     monkeypatch.setattr(pretrained, "find", None)
+    # two plans are compared, and a machine is not equally fast twice
+    monkeypatch.setattr(plan_file, "multiplications_per_second", lambda: 1e11)
     plan = run_recbole_llm("LiteLLM4Rec", "ring", config_dict=settings, estimate=True)["plan"]
     assert [step.what.split(",")[0] for step in plan] == ["Train LiteLLM4Rec on 540 targets", "Train its Item LLM"]
     settings = ring_settings(

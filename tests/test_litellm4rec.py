@@ -341,9 +341,9 @@ def test_gradients_of_phase_b_equal_those_of_reading_every_text_in_every_place(r
 def test_targets_are_read_anew_at_all_positions_too(ring, folders):
     run = Run(ring, folders["bert"], lite_item_train="full")
     run.model.unfreeze()
+    run.trainer._prepare(run.data[0])
     seen, read = [], run.model._read_batch
     run.model._read_batch = lambda items: (seen.append((items.clone(), run.model._wanted.clone())), read(items))
-    run.trainer._prepare(run.data[0])
     run.trainer._train_epoch(run.data[0], 0)
     assert seen and all(bool((targets > 0).any()) and targets.shape == items.shape for items, targets in seen)
 

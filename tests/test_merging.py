@@ -74,7 +74,8 @@ def test_a_part_run_on_a_fresh_clone_keeps_what_is_published(clone, shared_data)
         assert kept == [
             each | {"alone": None, "p": pytest.approx(each["p"])} for each in before[dataset]["comparisons"]
         ]
-        assert not after[dataset]["partly"] and not after[dataset]["uncompared"]
+        for key in ("partly", "uncompared"):  # what no machine could compare is no more than it was
+            assert after[dataset].get(key, []) == before[dataset].get(key, []), key
     assert "| GRU4Rec | baseline | 3 | 943 |" in table and "## amazon-games" in table
 
 
