@@ -199,7 +199,10 @@ def as_yaml(model: str, trials: Trials, chosen: dict, tested: list[dict]) -> str
     if "train_batch_size" in tried:
         tried["train_batch_size"].add(settings["train_batch_size"])
     settings |= {"epochs": trials.final_epochs, "stopping_step": FINAL_PATIENCE}
-    lines = [f"# {model} under the protocol {trials.protocol}, as tests/bench/tune.py chose it on validation rows."]
+    where = f" of {trials.chosen_under}" if trials.chosen_under else ""
+    lines = [
+        f"# {model} under the protocol {trials.protocol}, as tests/bench/tune.py chose it on validation rows{where}."
+    ]
     if tested:
         mean = statistics.mean(result["test"]["ndcg@10"] for result in tested)
         lines[0] += f" Test NDCG@10 {mean:.4f}, mean of {len(tested)} seeds."
